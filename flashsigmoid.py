@@ -1,23 +1,23 @@
 """
-FlashSigmoid: fused sigmoid attention, forward and backward, in three Triton kernels (arXiv 2409.04431).
+FlashSigmoid: fused sigmoid attention (arXiv 2409.04431), forward and backward, in three Triton kernels.
 
     S = scale * Q K^T + b - slope * |i - j|        P = sigmoid(S)  (0 where masked)        O = P V
     dV = P^T dO       dP = dO V^T       dS = P (1 - P) dP       dQ = scale * dS K       dK = scale * dS^T Q       db = sum dS
 
-Softmax divides each row by a sum over all keys; the sigmoid does not. So there is no running maximum, no rescaling and no
-log-sum-exp, nothing is saved for the backward pass but q, k and v, and the outputs of disjoint sets of keys just add up.
-b = -log(n) keeps a row's mass near that of softmax: sigmoid(u - log n) = e^u / (e^u + n).
+Softmax divides a row by a sum over all its keys; the sigmoid does not. So there is no running maximum, no rescaling and no
+log-sum-exp, the backward pass needs nothing but q, k and v, and the outputs of disjoint sets of keys add up.
+b = -log(n) keeps the mass of a row near that of softmax: sigmoid(u - log n) = e^u / (e^u + n).
 
-One property removes most masks: tiles that stick out of the tensors are filled with zeros, and a key of zeros has weight
-sigmoid(b) on a value of zeros. It adds nothing to O, and nothing to any gradient. Only what the caller hides needs a mask.
+Tiles that stick out of a tensor are filled with zeros. A key of zeros has weight sigmoid(b), on a value of zeros: it adds
+nothing to O and nothing to any gradient. So ragged lengths need no mask; only what the caller hides does.
 
 `python flashsigmoid.py` checks the kernels against float64 and, on CUDA, times them against PyTorch's attention.
 """
 import argparse
 import json
 import math
-from contextlib import nullcontext
-from typing import Optional
+from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -27,25 +27,23 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-    KERNEL_DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)  # TRITON_INTERPRET=1: CPU, too
-except ImportError:  # no Triton on this platform (macOS): everything runs on the PyTorch reference
-    class triton: jit = staticmethod(lambda f: f)
+    KERNEL_DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)  # TRITON_INTERPRET=1: the CPU, too
+except ImportError:  # no Triton for this platform: everything runs on the PyTorch reference
+    class triton: jit = staticmethod(lambda kernel: kernel)
     class tl: constexpr = int
     KERNEL_DEVICES = ()
 
 
 def sigmoid_attention_reference(q, k, v, bias=None, is_causal=False, scale=None, alibi_slopes=None, k_lens=None):
-    """The same function as `sigmoid_attention` in plain PyTorch, O(Tq Tk) memory, on any device; differentiable twice.
-
-    fp16 and bf16 inputs are computed in fp32. This is the oracle of the tests (in float64) and the path without a GPU.
-    """
+    """`sigmoid_attention` in plain PyTorch: any device and dtype (fp16 and bf16 compute in fp32), O(Tq Tk) memory, every
+    derivative. The oracle of the tests, in float64, and the path without a GPU."""
     (H, Tq, D), (Hk, Tk) = q.shape[1:], k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q_, k_, v_ = q.to(dtype), k.to(dtype).repeat_interleave(H // Hk, 1), v.to(dtype).repeat_interleave(H // Hk, 1)
+    q_, k_, v_ = q.to(dtype), *(x.to(dtype).repeat_interleave(H // Hk, 1) for x in (k, v))
     bias = torch.as_tensor(-math.log(Tk) if bias is None else bias, dtype=dtype, device=q.device)
     s = q_ @ k_.mT * (D ** -0.5 if scale is None else scale) + bias.view(-1, 1, 1)      # (B, H, Tq, Tk)
     j = torch.arange(Tk, device=q.device)
-    distance = torch.arange(Tk - Tq, Tk, device=q.device)[:, None] - j                  # (Tq, Tk) query - key position
+    distance = torch.arange(Tk - Tq, Tk, device=q.device)[:, None] - j                  # (Tq, Tk), i - j
     if alibi_slopes is not None:
         s = s - alibi_slopes.to(dtype).view(-1, 1, 1) * distance.abs()
     if is_causal:
@@ -55,10 +53,8 @@ def sigmoid_attention_reference(q, k, v, bias=None, is_causal=False, scale=None,
     return (torch.sigmoid(s) @ v_).to(q.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels. Tensor descriptors are upper case, tiles lower case. A program owns BM queries or BN keys of one head of one
-# sequence: m is its first query row, n its first key row. i and j are positions on the key axis, where query row r stands
-# at i = r + Tk - Tq: the last query sees the last key.
+# -------- Kernels. Tensor descriptors are upper case, tiles lower case. A program owns BM queries or BN keys of one head;
+# m is its first query row, n its first key row. i and j are positions on the key axis: query row r stands at r + Tk - Tq.
 
 @triton.jit
 def load(X, b, h, row):
@@ -77,74 +73,69 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def head_bias(bias, Bias, Slopes, h):
-    """(b, slope) of head h: the (H,) tensor Bias, where there is one, replaces the number; no Slopes, no slope."""
-    slope = None
-    if Bias is not None:
-        bias = tl.load(Bias + h).to(tl.float32)
-    if Slopes is not None:
-        slope = tl.load(Slopes + h).to(tl.float32)
-    return bias, slope
+def entry(X, index, otherwise):
+    """X[index], or the number `otherwise` where there is no tensor X."""
+    if X is not None:
+        otherwise = tl.load(X + index)
+    return otherwise
 
 
 @triton.jit
-def key_length(KLens, b, Tk):
-    if KLens is not None:
-        Tk = tl.minimum(tl.load(KLens + b).to(tl.int32), Tk)
-    return Tk
+def place(rows: tl.constexpr, T, heads, LAST_FIRST: tl.constexpr):
+    """(first row, head, sequence) of this program; the tiles of a head run from the last to the first or the other way."""
+    tiles = tl.cdiv(T, rows)
+    tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    return (tiles - 1 - tile if LAST_FIRST else tile) * rows, bh % heads, bh // heads
 
 
 @triton.jit
-def key_range(m, k_len, Tq, Tk, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HIDE: tl.constexpr):
-    """Queries m .. m + BM see keys [0, whole) without a mask and keys [whole, end) through one."""
+def key_range(i, k_len, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HIDE: tl.constexpr):
+    """BM queries from position i on see the keys [0, whole) without a mask and [whole, end) through one."""
     whole, end = k_len, k_len
     if CAUSAL:
-        whole, end = tl.minimum(k_len, m + Tk - Tq + 1), tl.minimum(k_len, m + Tk - Tq + BM)
+        whole, end = tl.minimum(k_len, i + 1), tl.minimum(k_len, i + BM)
     if HIDE:
         whole = tl.maximum(whole, 0) // BN * BN
     return whole, end
 
 
 @triton.jit
-def weights(s, i, j, k_len, scale, bias, slope, CAUSAL: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr):
+def weights(s, i, j, k_len, scale, bias, slope, ALIBI: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+            EXACT: tl.constexpr):
     """P = sigmoid(scale * s + bias - slope * |i - j|) of an fp32 tile s, 0 where masked; i and j broadcast to its shape.
 
     y = A (1 + exp(-x)) takes one ex2. Its reciprocal takes no second one: subtracting the bits of y from a constant is a
     first guess of 1/y, and a Newton step with tuned A and C leaves a relative error below 1.2e-4 for every logit, where
-    tanh.approx (x < -10, as with b = -log 65536) is off by up to 32 %. EXACT, for fp32 inputs, divides.
+    tanh.approx is off by up to 32 % (x < -10, as with b = -log 65536). EXACT, for fp32 inputs, divides.
     """
     A: tl.constexpr = 0.51512199
-    C: tl.constexpr = 1.4355202
     LOG2_A: tl.constexpr = -0.95701397
     LOG2_E: tl.constexpr = 1.44269504
     e = s * (-scale * LOG2_E) + (LOG2_A - bias * LOG2_E)
-    if slope is not None:
+    if ALIBI:
         e += (slope * LOG2_E) * tl.abs(i - j).to(tl.float32)
     if MASK:
-        visible = j < k_len
-        if CAUSAL:
-            visible = visible & (i >= j)
+        visible = (j < k_len) & (i >= j) if CAUSAL else j < k_len
         e = tl.where(visible, e, float("inf"))
     y = A + tl.exp2(e)
     if EXACT:
         return A / y
     r = (0x7EB50000 - y.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    return tl.clamp(r * (C - y * r), 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)  # y = inf gives -inf here: P = 0
+    return tl.maximum(r * (1.4355202 - y * r), 0.0, propagate_nan=tl.PropagateNan.ALL)  # y = inf: max(-inf, 0) = 0
 
 
 @triton.jit
 def forward_kernel(Q, K, V, O, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
-    """O = P V for BM queries: one pass over the keys, nothing to rescale."""
-    EXACT: tl.constexpr = Q.dtype == tl.float32
+    """O = P V for BM queries."""
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
+    ALIBI: tl.constexpr = Slopes is not None
     HIDE: tl.constexpr = CAUSAL or KLens is not None
-    tiles = tl.cdiv(Tq, BM)
-    m = (tiles - 1 - tl.program_id(0) % tiles) * BM  # the longest rows first
-    h, b = tl.program_id(0) // tiles % H, tl.program_id(0) // tiles // H
-    bias, slope = head_bias(bias, Bias, Slopes, h)
-    k_len = key_length(KLens, b, Tk)
-    whole, end = key_range(m, k_len, Tq, Tk, BM, BN, CAUSAL, HIDE)
+    EXACT: tl.constexpr = Q.dtype == tl.float32
+    m, h, b = place(BM, Tq, H, True)  # when causal, the longest rows first
+    bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
+    k_len = tl.minimum(entry(KLens, b, Tk), Tk)
+    whole, end = key_range(m + Tk - Tq, k_len, BM, BN, CAUSAL, HIDE)
     i = m + Tk - Tq + tl.arange(0, BM)[:, None]
     q = load(Q, b, h, m)
     o = tl.zeros(q.shape, tl.float32)
@@ -152,7 +143,7 @@ def forward_kernel(Q, K, V, O, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, GROU
         for n in range(whole if MASK else 0, end if MASK else whole, BN):
             k, v = load(K, b, h // GROUP, n), load(V, b, h // GROUP, n)
             j = n + tl.arange(0, BN)[None, :]
-            p = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, CAUSAL, MASK, EXACT)
+            p = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, MASK, EXACT)
             o = dot(p.to(v.dtype), v, o)
     store(O, b, h, m, o)
 
@@ -160,25 +151,23 @@ def forward_kernel(Q, K, V, O, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, GROU
 @triton.jit
 def dq_kernel(Q, K, V, DO, DQ, DB, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
     """dQ = scale * dS K for BM queries, and the sum of dS over their rows, for db."""
-    EXACT: tl.constexpr = Q.dtype == tl.float32
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
+    ALIBI: tl.constexpr = Slopes is not None
     HIDE: tl.constexpr = CAUSAL or KLens is not None
-    tiles = tl.cdiv(Tq, BM)
-    m = (tiles - 1 - tl.program_id(0) % tiles) * BM
-    h, b = tl.program_id(0) // tiles % H, tl.program_id(0) // tiles // H
-    bias, slope = head_bias(bias, Bias, Slopes, h)
-    k_len = key_length(KLens, b, Tk)
-    whole, end = key_range(m, k_len, Tq, Tk, BM, BN, CAUSAL, HIDE)
+    EXACT: tl.constexpr = Q.dtype == tl.float32
+    m, h, b = place(BM, Tq, H, True)
+    bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
+    k_len = tl.minimum(entry(KLens, b, Tk), Tk)
+    whole, end = key_range(m + Tk - Tq, k_len, BM, BN, CAUSAL, HIDE)
     i = m + Tk - Tq + tl.arange(0, BM)[:, None]
     q, do = load(Q, b, h, m), load(DO, b, h, m)
-    dq = tl.zeros(q.shape, tl.float32)
-    db = tl.zeros([BM], tl.float32)
+    dq, db = tl.zeros(q.shape, tl.float32), tl.zeros([BM], tl.float32)
     for MASK in tl.static_range(1 + HIDE):
         for n in range(whole if MASK else 0, end if MASK else whole, BN):
             k, v = load(K, b, h // GROUP, n), load(V, b, h // GROUP, n)
             j = n + tl.arange(0, BN)[None, :]
-            p = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, CAUSAL, MASK, EXACT)
+            p = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, MASK, EXACT)
             ds = p * (1 - p) * dot(do, v.T)
             dq = dot(ds.to(k.dtype), k, dq)
             if DB is not None:
@@ -191,98 +180,94 @@ def dq_kernel(Q, K, V, DO, DQ, DB, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, 
 @triton.jit
 def dkdv_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
     """dK = scale * dS^T Q and dV = P^T dO for BN keys, summed over the GROUP query heads that share them."""
-    EXACT: tl.constexpr = Q.dtype == tl.float32
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
-    tiles = tl.cdiv(Tk, BN)
-    n = tl.program_id(0) % tiles * BN
-    hk, b = tl.program_id(0) // tiles % (H // GROUP), tl.program_id(0) // tiles // (H // GROUP)
-    k_len = key_length(KLens, b, Tk)
-    first, whole = 0, 0  # rows [first, whole) see these keys through the causal mask, rows [whole, last) without one
-    last = tl.where(n < k_len, Tq, 0)
+    ALIBI: tl.constexpr = Slopes is not None
+    EXACT: tl.constexpr = Q.dtype == tl.float32
+    n, hk, b = place(BN, Tk, H // GROUP, False)
+    k_len = tl.minimum(entry(KLens, b, Tk), Tk)
+    first, whole, end = 0, 0, tl.where(n < k_len, Tq, 0)  # rows [first, whole) need the causal mask, [whole, end) do not
     if CAUSAL:
-        first = tl.minimum(tl.maximum(n + Tq - Tk, 0) // BM * BM, last)
-        whole = tl.minimum(tl.cdiv(tl.maximum(n + BN - 1 + Tq - Tk, 0), BM) * BM, last)
+        first = tl.minimum(tl.maximum(n + Tq - Tk, 0) // BM * BM, end)
+        whole = tl.minimum(tl.cdiv(tl.maximum(n + Tq - Tk + BN - 1, 0), BM) * BM, end)
     j = n + tl.arange(0, BN)[:, None]
     k, v = load(K, b, hk, n), load(V, b, hk, n)
     dk, dv = tl.zeros(k.shape, tl.float32), tl.zeros(v.shape, tl.float32)
-    for g in range(GROUP):
-        h = hk * GROUP + g
-        b_h, slope = head_bias(bias, Bias, Slopes, h)
-        for MASK in tl.static_range(1 if CAUSAL else 0, -1, -1):
-            for m in range(first if MASK else whole, whole if MASK else last, BM):
+    for group in range(GROUP):
+        h = hk * GROUP + group
+        head_bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
+        for MASK in tl.static_range(CAUSAL, -1, -1):
+            for m in range(first if MASK else whole, whole if MASK else end, BM):
                 q, do = load(Q, b, h, m), load(DO, b, h, m)
                 i = m + Tk - Tq + tl.arange(0, BM)[None, :]
-                pT = weights(dot(k, q.T), i, j, k_len, scale, b_h, slope, CAUSAL, MASK, EXACT)
-                dv = dot(pT.to(do.dtype), do, dv)
-                dsT = pT * (1 - pT) * dot(v, do.T)
-                dk = dot(dsT.to(q.dtype), q, dk)
+                p = weights(dot(k, q.T), i, j, k_len, scale, head_bias, slope, ALIBI, CAUSAL, MASK, EXACT)  # P^T
+                dv = dot(p.to(do.dtype), do, dv)
+                ds = p * (1 - p) * dot(v, do.T)                                                             # dS^T
+                dk = dot(ds.to(q.dtype), q, dk)
     if KLens is not None:  # the tile that k_len cuts
         dk, dv = tl.where(j < k_len, dk, 0.0), tl.where(j < k_len, dv, 0.0)
     store(DK, b, hk, n, dk * scale)
     store(DV, b, hk, n, dv)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operators: torch.compile sees them as one node each, and autograd as a function that saves its inputs alone.
+# -------- Operators: torch.compile sees each as one node; autograd saves their inputs and nothing else.
 
-TILES = {  # pass: {bytes of a row, D padded to a power of two: (queries, keys, warps, pipeline stages)}
-    "forward": {128: (128, 64, 4, 3), 256: (128, 64, 4, 2), 512: (64, 32, 4, 2), 1024: (32, 32, 4, 1)},
-    "dq": {128: (128, 64, 4, 2), 256: (128, 64, 8, 2), 512: (64, 32, 4, 2), 1024: (32, 32, 4, 1)},
-    "dkdv": {128: (64, 64, 4, 2), 256: (64, 64, 4, 2), 512: (32, 64, 4, 1), 1024: (32, 32, 4, 1)},
+TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline stages)} for 16-bit inputs
+    "forward": {64: (64, 128, 4, 2), 128: (128, 64, 4, 2), 256: (64, 32, 4, 2)},
+    "dq": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
+    "dkdv": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 64, 4, 1)},
 }
 
 
 def tile_shape(name, x):
     """(queries, keys, launch options) of the pass for tensors like x."""
-    BM, BN, warps, stages = TILES[name][max(128, triton.next_power_of_2(x.shape[3]) * x.element_size())]
+    BM, BN, warps, stages = TILES[name][max(64, triton.next_power_of_2(x.shape[3]))]
+    if x.dtype == torch.float32:  # no tensor cores: large tiles only spill
+        BM, BN, warps, stages = 32, 16, 4, 1
+    if x.is_cuda and torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < 160 * 1024:
+        stages = 1  # consumer GPUs: no room for more
     return BM, BN, dict(num_warps=warps, num_stages=stages)
 
 
 def tiled(x, rows):
-    """Descriptor of x (B, H, T, D) in tiles of `rows` rows; D is padded with zeros to a power of two.
-
-    The hardware addresses 16-byte units: a base or a stride that is no multiple of it costs one copy of x.
-    """
+    """Descriptor of x (B, H, T, D) in tiles of `rows` rows and a power of two of columns. The hardware addresses units of
+    16 bytes: a base or a stride that is no multiple of that costs one copy of x."""
     if x.data_ptr() % 16 or x.stride(3) != 1 or any(s * x.element_size() % 16 for s in x.stride()[:3]):
         x = x.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, max(16, triton.next_power_of_2(x.shape[3]))])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, triton.next_power_of_2(x.shape[3])])
 
 
-def forward_op(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], slopes: Optional[Tensor],
-               k_lens: Optional[Tensor], b: float, scale: float, is_causal: bool) -> Tensor:
-    """O (B, H, Tq, D). The number b is the bias where the tensor bias (H,) is None."""
+REST = "Tensor? bias, Tensor? slopes, Tensor? k_lens, float b, float scale, bool is_causal"  # b where bias is None
+
+
+@torch.library.custom_op("flashsigmoid::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {REST}) -> Tensor")
+def forward_op(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
     BM, BN, options = tile_shape("forward", q)
     o = torch.empty_like(q)
     with torch.cuda.device_of(q):
-        forward_kernel[(triton.cdiv(Tq, BM) * H * B,)](
-            tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(o, BM), bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk,
-            is_causal, **options)
+        forward_kernel[(B * H * triton.cdiv(Tq, BM),)](
+            tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(o, BM),
+            bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal, **options)
     return o
 
 
-def backward_op(do: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], slopes: Optional[Tensor],
-                k_lens: Optional[Tensor], b: float, scale: float, is_causal: bool) -> list[Tensor]:
-    """[dQ, dK, dV] and, where bias is a tensor, db (H,). Two kernels without atomics: the same bits every time."""
+@torch.library.custom_op("flashsigmoid::backward", mutates_args=(),
+                         schema=f"(Tensor do, Tensor q, Tensor k, Tensor v, {REST}) -> Tensor[]")
+def backward_op(do, q, k, v, bias, slopes, k_lens, b, scale, is_causal):
+    """[dQ, dK, dV] and, where bias is a tensor, db. Two kernels without atomics give the same bits every time."""
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
     with torch.cuda.device_of(q):
         BM, BN, options = tile_shape("dkdv", q)
-        dkdv_kernel[(triton.cdiv(Tk, BN) * Hk * B,)](
-            tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dk, BN), tiled(dv, BN), bias, slopes, k_lens, b,
-            scale, H, Tq, Tk, H // Hk, is_causal, **options)
+        dkdv_kernel[(B * Hk * triton.cdiv(Tk, BN),)](
+            tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dk, BN), tiled(dv, BN), *rest, **options)
         BM, BN, options = tile_shape("dq", q)
-        tiles = triton.cdiv(Tq, BM)
-        db = None if bias is None else q.new_empty(B, H, tiles, dtype=torch.float32)  # one number a program
-        dq_kernel[(tiles * H * B,)](
-            tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dq, BM), db, bias, slopes, k_lens, b, scale, H,
-            Tq, Tk, H // Hk, is_causal, **options)
-    return [dq, dk, dv] if bias is None else [dq, dk, dv, db.sum((0, 2)).to(bias.dtype)]
-
-
-def fake_backward(do, q, k, v, bias, *_):
-    return [torch.empty_like(x) for x in (q, k, v, bias) if x is not None]
+        db = None if bias is None else q.new_empty(B, H, triton.cdiv(Tq, BM), dtype=torch.float32)  # one a program
+        dq_kernel[(B * H * triton.cdiv(Tq, BM),)](
+            tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dq, BM), db, *rest, **options)
+    return [dq, dk, dv] if bias is None else [dq, dk, dv, db.sum((0, 2))]
 
 
 def save_inputs(ctx, inputs, output):
@@ -296,71 +281,170 @@ def differentiate(ctx, do):
 
 
 def refuse(ctx, *_):
-    raise RuntimeError("sigmoid_attention: second derivatives are not implemented in the kernels; "
-                       "use sigmoid_attention_reference")
+    raise RuntimeError("sigmoid_attention is differentiable once; sigmoid_attention_reference has second derivatives")
 
 
-forward_op = torch.library.custom_op("flashsigmoid::forward", forward_op, mutates_args=())
-backward_op = torch.library.custom_op("flashsigmoid::backward", backward_op, mutates_args=())
 forward_op.register_fake(lambda q, *_: torch.empty_like(q))
-backward_op.register_fake(fake_backward)
 forward_op.register_autograd(differentiate, setup_context=save_inputs)
+backward_op.register_fake(lambda do, q, k, v, bias, *_: [torch.empty_like(x) for x in (q, k, v, bias) if x is not None])
 backward_op.register_autograd(refuse)
 
 
 def require(ok, name, given, allowed, error=ValueError):
     if not ok:
-        raise error(f"sigmoid_attention: {name} is {given}, allowed: {allowed}")
+        if isinstance(given, Tensor):
+            given = f"{given.dtype} {tuple(given.shape)}, strides {given.stride()}, on {given.device}"
+        raise error(f"sigmoid_attention: {name} is {given}; allowed: {allowed}")
 
 
 def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slopes=None, k_lens=None):
-    """O = sigmoid(scale * q k^T + bias - slope * |i - j|) v, the drop-in for F.scaled_dot_product_attention.
-
-    Fused kernels on CUDA, `sigmoid_attention_reference` elsewhere. Deterministic; once differentiable in q, k, v and bias.
+    """O = sigmoid(scale * q k^T + bias - slope * |i - j|) v, a drop-in for F.scaled_dot_product_attention.
 
     q             (B, H, Tq, D), fp16, bf16 or fp32, any strides with a contiguous last dimension, 16 <= D <= 256
     k, v          (B, Hk, Tk, D), like q; H is a multiple of Hk (grouped queries)
     bias          a number or a tensor (H,), which may require a gradient; None means -log(Tk), paper section 2
     is_causal     query i sees the keys j <= i + Tk - Tq (aligned to the last key); a query that sees none returns 0
-    scale         None means 1 / sqrt(D)
-    alibi_slopes  (H,): subtracts slope * |i + Tk - Tq - j|, exactly
+    scale         a number; None means 1 / sqrt(D)
+    alibi_slopes  (H,): subtracts slope * |i + Tk - Tq - j|
     k_lens        (B,) integers: hides the keys j >= k_lens of each sequence; their tiles cost nothing
     returns       (B, H, Tq, D) in q's dtype and order of strides
 
-    Where D, a base address or a stride is no multiple of 16 bytes, the tensor is copied once. Raises ValueError or
-    TypeError naming the argument.
+    Fused kernels on CUDA, `sigmoid_attention_reference` elsewhere. Deterministic; differentiable once in q, k, v and bias.
+    Autocast applies. Where D, a base address or a stride is no multiple of 16 bytes, the tensor is copied once. Raises
+    ValueError or TypeError that name the argument.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        require(isinstance(x, Tensor), name, type(x).__name__, "a tensor", TypeError)
-        require(x.dim() == 4 and x.numel() > 0, f"{name}.shape", x.shape, "(B, H, T, D), none of them 0")
-        require(x.dtype in (torch.float16, torch.bfloat16, torch.float32), f"{name}.dtype", x.dtype,
-                "float16, bfloat16, float32 (for float64 call sigmoid_attention_reference)", TypeError)
-        require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"that of q, {q.dtype}", TypeError)
-        require(x.device == q.device, f"{name}.device", x.device, f"that of q, {q.device}")
-        require(x.stride(3) == 1, f"{name}.stride(-1)", x.stride(3), "1: the last dimension is contiguous")
+        require(isinstance(x, Tensor) and x.is_floating_point() and x.element_size() <= 4, name, x,
+                "a tensor of float16, bfloat16 or float32 (float64: sigmoid_attention_reference)", TypeError)
+        require(x.dim() == 4 and x.numel() > 0 and x.stride(3) == 1, name, x, "(B, H, T, D), last stride 1, nothing empty")
+        require(x.device == q.device, name, x, f"the device of q, {q.device}")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    require(q.dtype == k.dtype == v.dtype, "dtype of q, k, v", (q.dtype, k.dtype, v.dtype), "three times the same", TypeError)
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
     require(16 <= D <= 256, "D", D, "16 to 256")
-    require(k.shape == (B, Hk, Tk, D), "k.shape", k.shape, f"(B, Hk, Tk, D) with B = {B} and D = {D} of q")
-    require(v.shape == k.shape, "v.shape", v.shape, f"that of k, {tuple(k.shape)}")
-    require(H % Hk == 0, "the number of heads of k", Hk, f"a divisor of that of q, {H}")
+    require(k.shape == (B, Hk, Tk, D) and H % Hk == 0, "k", k, f"({B}, a divisor of {H}, Tk, {D}) to go with q")
+    require(v.shape == k.shape, "v", v, f"the shape of k, {tuple(k.shape)}")
     for name, x, size in (("bias", bias, H), ("alibi_slopes", alibi_slopes, H), ("k_lens", k_lens, B)):
         if isinstance(x, Tensor):
-            require(x.shape == (size,), f"{name}.shape", x.shape, f"({size},)")
-            require(x.device == q.device, f"{name}.device", x.device, f"that of q, {q.device}")
-            require(x.is_floating_point() != (name == "k_lens"), f"{name}.dtype", x.dtype,
-                    "int32 or int64" if name == "k_lens" else "a float", TypeError)
-        else:
-            number = name == "bias" and isinstance(x, (int, float))
-            require(x is None or number, name, type(x).__name__, f"None, a tensor ({size},)", TypeError)
-            require(not number or math.isfinite(x), name, x, "a finite number")
-    require(alibi_slopes is None or not alibi_slopes.requires_grad, "alibi_slopes.requires_grad", True, "False")
+            require(x.shape == (size,) and x.device == q.device, name, x, f"shape ({size},) on {q.device}")
+            require(x.is_floating_point() == (name != "k_lens"), name, x,
+                    "int32 or int64" if name == "k_lens" else "a floating dtype", TypeError)
+    require(alibi_slopes is None or not alibi_slopes.requires_grad, "alibi_slopes", alibi_slopes, "no requires_grad")
     scale = D ** -0.5 if scale is None else scale
+    bias = -math.log(Tk) if bias is None else bias
     require(math.isfinite(scale), "scale", scale, "a finite number")
-    if q.device.type not in KERNEL_DEVICES:
+    require(isinstance(bias, Tensor) or math.isfinite(bias), "bias", bias, "a finite number or a tensor (H,)")
+    if q.device.type not in KERNEL_DEVICES or q.is_cpu and q.dtype == torch.bfloat16:  # NumPy, the interpreter, has no bf16
         return sigmoid_attention_reference(q, k, v, bias, is_causal, scale, alibi_slopes, k_lens)
-    b = 0.0 if isinstance(bias, Tensor) else -math.log(Tk) if bias is None else float(bias)
-    bias = bias.contiguous() if isinstance(bias, Tensor) else None
-    pad = -D % (16 // q.element_size())
-    if pad:
-        q, k, v = (F.pad(x, (0, pad)) for x in (q, k, v))
-    return forward_op(q, k, v, bias, alibi_slopes, k_lens, b, float(scale), bool(is_causal))[..., :D]
+    b, bias = (0.0, bias.float().contiguous()) if isinstance(bias, Tensor) else (float(bias), None)
+    slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+    k_lens = None if k_lens is None else k_lens.int().contiguous()
+    padding = -D % (16 // q.element_size())
+    q, k, v = (F.pad(x, (0, padding)) if padding else x for x in (q, k, v))
+    return forward_op(q, k, v, bias, slopes, k_lens, b, float(scale), bool(is_causal))[..., :D]
+
+
+# -------- python flashsigmoid.py
+
+def row_errors(q, k, v, do, bias, **options):
+    """Largest relative error of a row of out, dq, dk, dv and (bias a tensor) db against the reference in float64.
+
+    A row is the last dimension; one whose norm is below a hundredth of the mean counts as that large."""
+    def run(attention, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, bias) if isinstance(x, Tensor)]
+        out = attention(*leaves[:3], *(leaves[3:] or [bias]), **options)
+        return out, *torch.autograd.grad(out, leaves, do.to(dtype))
+    found = {}
+    for name, x, exact in zip(("out", "dq", "dk", "dv", "db"), run(sigmoid_attention, q.dtype),
+                              run(sigmoid_attention_reference, torch.float64)):
+        norm = exact.norm(dim=-1)
+        found[name] = ((x - exact).norm(dim=-1) / norm.clamp(min=norm.mean() / 100 + 1e-300)).max().item()
+    return found
+
+
+def check(device):
+    """Print the errors for a few shapes; stop where one is above a few roundings of the dtype."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        for T, D, causal in ((130, 40, True), (257, 64, False), (512, 128, True), (300, 256, False)):
+            q, k, v, do = (torch.randn(2, 2, T, D, device=device, dtype=dtype) for _ in range(4))
+            found = row_errors(q, k, v, do, torch.full((2,), -math.log(T), device=device, dtype=dtype), is_causal=causal)
+            print(f"{str(dtype)[6:]:9}T={T} D={D:<4}{'causal' if causal else 'full':7}",
+                  *(f"{name} {error:.1e} " for name, error in found.items()))
+            if not max(found.values()) < tolerance:
+                raise SystemExit(f"ERROR: an error above {tolerance}")
+
+
+def benchmark():
+    """TFLOP/s and GiB of forward and backward against PyTorch's attention: 16,384 tokens, 2,048 channels, bf16."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    torch._dynamo.config.recompile_limit = 64
+    flex = torch.compile(flex_attention, dynamic=False)
+
+    def sdpa(backend, q, k, v, causal):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    def eager(q, k, v, causal):
+        s = q @ k.mT * q.shape[3] ** -0.5 - math.log(k.shape[2])
+        return torch.sigmoid(s.masked_fill(hidden, -math.inf) if causal else s) @ v
+
+    def flex_log_sigmoid(q, k, v, causal):  # softmax of log sigmoid, times what it divided by
+        b = -math.log(k.shape[2])
+        out, lse = flex(q, k, v, score_mod=lambda s, *_: F.logsigmoid(s + b), block_mask=blocks if causal else None,
+                        return_lse=True)
+        return out * lse.exp().unsqueeze(-1).to(out.dtype)
+
+    def measure(f, flops):
+        try:
+            f()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            f()
+            peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
+            return flops / triton.testing.do_bench(f, warmup=25, rep=100, return_mode="median") / 1e9, peak
+        except torch.OutOfMemoryError:
+            return math.nan, math.nan
+
+    peers = {"ours": lambda q, k, v, causal: sigmoid_attention(q, k, v, is_causal=causal),
+             "FA-2": partial(sdpa, SDPBackend.FLASH_ATTENTION), "cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+             "eager": eager, "flex": flex_log_sigmoid}
+    rows = []
+    print(f"{'TFLOP/s (GiB)':30}", *(f"{name:>12}" for name in peers))
+    for D, T, causal in product((64, 128), (1024, 4096, 16384), (False, True)):
+        q, k, v, do = (torch.randn(16384 // T, T, 2048 // D, D, device="cuda", dtype=torch.bfloat16,
+                                   requires_grad=True).transpose(1, 2) for _ in range(4))
+        hidden = torch.ones(T, T, device="cuda", dtype=torch.bool).triu(1)
+        blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
+        forward, backward = (dict(D=D, T=T, causal=causal, direction=name) for name in ("forward", "backward"))
+        for name, attention in peers.items():
+            forward[name] = measure(lambda: attention(q, k, v, causal), 4 * 16384 * T * 2048 / (1 + causal))
+            out = attention(q, k, v, causal) if forward[name][0] > 0 else q
+            backward[name] = measure(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True),
+                                     10 * 16384 * T * 2048 / (1 + causal))
+        for row in (forward, backward):
+            print(f"{row['direction']:9}D={D:<4}T={T:<6}{'causal' if causal else 'full':10}",
+                  *(f"{row[name][0]:5.0f} ({row[name][1]:4.1f})" for name in peers))
+            rows.append(row)
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Check the kernels against float64 and, on CUDA, time them.")
+    parser.add_argument("--out", metavar="FILE.json", help="write the table here")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, {'Triton kernels' if device in KERNEL_DEVICES else 'PyTorch reference'}")
+    check(device)
+    if device == "cuda":
+        result = dict(device=name, torch=torch.__version__, triton=triton.__version__, rows=benchmark())
+        if args.out:
+            with open(args.out, "w") as f:
+                json.dump(result, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
