@@ -39,17 +39,19 @@ def sigmoid_attention_reference(q, k, v, bias=None, is_causal=False, scale=None,
     derivative. The oracle of the tests, in float64, and the path without a GPU."""
     (H, Tq, D), (Hk, Tk) = q.shape[1:], k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q_, k_, v_ = q.to(dtype), *(x.to(dtype).repeat_interleave(H // Hk, 1) for x in (k, v))
-    bias = torch.as_tensor(-math.log(Tk) if bias is None else bias, dtype=dtype, device=q.device)
-    s = q_ @ k_.mT * (D ** -0.5 if scale is None else scale) + bias.view(-1, 1, 1)      # (B, H, Tq, Tk)
+    q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
+    if H != Hk:
+        k_, v_ = k_.repeat_interleave(H // Hk, 1), v_.repeat_interleave(H // Hk, 1)
     j = torch.arange(Tk, device=q.device)
-    distance = torch.arange(Tk - Tq, Tk, device=q.device)[:, None] - j                  # (Tq, Tk), i - j
+    distance = torch.arange(Tk - Tq, Tk, device=q.device)[:, None] - j                              # (Tq, Tk), i - j
+    offset = torch.as_tensor(-math.log(Tk) if bias is None else bias, dtype=dtype, device=q.device).view(-1, 1, 1)
     if alibi_slopes is not None:
-        s = s - alibi_slopes.to(dtype).view(-1, 1, 1) * distance.abs()
+        offset = offset - alibi_slopes.to(dtype).view(-1, 1, 1) * distance.abs()                    # (H, Tq, Tk)
     if is_causal:
-        s = s.masked_fill(distance < 0, -math.inf)
+        offset = offset.masked_fill(distance < 0, -math.inf)
     if k_lens is not None:
-        s = s.masked_fill(j >= k_lens.view(-1, 1, 1, 1), -math.inf)
+        offset = offset.masked_fill(j >= k_lens.view(-1, 1, 1, 1), -math.inf)                       # (B, H, Tq, Tk)
+    s = offset + q_ @ k_.mT * (D ** -0.5 if scale is None else scale)
     return (torch.sigmoid(s) @ v_).to(q.dtype)
 
 
@@ -120,8 +122,9 @@ def weights(s, i, j, k_len, scale, bias, slope, ALIBI: tl.constexpr, CAUSAL: tl.
     y = A + tl.exp2(e)
     if EXACT:
         return A / y
+    y = tl.minimum(y, 1.4140625 * 2.0 ** 126, propagate_nan=tl.PropagateNan.ALL)  # bits 0x7EB50000: then r = 0 and P = 0
     r = (0x7EB50000 - y.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    return tl.maximum(r * (1.4355202 - y * r), 0.0, propagate_nan=tl.PropagateNan.ALL)  # y = inf: max(-inf, 0) = 0
+    return r * (1.4355202 - y * r)
 
 
 @triton.jit

@@ -1,0 +1,55 @@
+"""Fetch a file once, verify it, keep it: every loader in data/ goes through here."""
+import hashlib
+import os
+import sys
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+CACHE = Path(__file__).parent / "cache"
+
+
+def checksum(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def cached(name, url, sha256, decode=lambda content: content):
+    """The decoded content of CACHE/name as bytes; downloaded first where it is missing.
+
+    sha256 is that of the decoded content. Raises OSError where the file can be neither read nor downloaded, and ValueError
+    that names it where its content is not what it should be; such a file is never used, and a bad download never kept.
+    """
+    path = CACHE / name
+    fresh = not path.exists()
+    raw = download(url) if fresh else path.read_bytes()
+    try:
+        content = decode(raw)
+        found = checksum(content)
+    except (OSError, EOFError, ValueError) as error:  # a truncated archive
+        content, found = None, f"undecodable ({error})"
+    if found != sha256:
+        raise ValueError(f"{url if fresh else path}: sha256 {found}, expected {sha256}\n"
+                         f"HINT: delete {path} to download it again from {url}")
+    if fresh:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_bytes(raw)
+        part.replace(path)
+    return content
+
+
+def download(url):
+    """The bytes behind url, with a progress bar on a terminal. Raises OSError."""
+    with urllib.request.urlopen(url, timeout=20) as response:
+        total = int(response.headers.get("Content-Length") or 0)
+        with tqdm(total=total or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1],
+                  disable=not sys.stderr.isatty()) as bar:
+            chunks = []
+            while chunk := response.read(1 << 16):
+                chunks.append(chunk)
+                bar.update(len(chunk))
+    content = b"".join(chunks)
+    if total and len(content) != total:
+        raise OSError(f"{url}: connection closed after {len(content)} of {total} bytes")
+    return content

@@ -1,0 +1,462 @@
+"""
+GPT with sigmoid self-attention ("Theory, Analysis, and Best Practices for Sigmoid Self-Attention", arXiv 2409.04431).
+
+    softmax(Q K^T / sqrt d) V   becomes   sigmoid(Q K^T / sqrt d + b - slope * |i - j|) V     with b = -log(context)
+
+What makes it train, in the paper and its released language-model configurations: keep the attention output small early
+on, by b = -log n and ALiBi; normalise q and k; at scale, normalise what each branch adds, too ("hybrid norm"). Each of
+these is a flag. Tokens are bytes, so any file is a data set; the loss is in nats per byte.
+
+    python sigmoid_gpt.py                     trains on tiny shakespeare and writes a sample; times and losses: README.md
+    python sigmoid_gpt.py --compare           softmax, sigmoid, and sigmoid without its bias: loss, norms, speed
+    python sigmoid_gpt.py --sample --prompt "ROMEO:"
+    torchrun --nproc_per_node 2 sigmoid_gpt.py
+
+Differs from the paper in size, steps and data; in its tokens (the paper's are 32,768 byte pairs); in dropout and weight
+decay on a GPU, where a small text is seen many times; in the learning rate, tuned for this size.
+"""
+import argparse
+import importlib.util
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.text import load_text
+from flashsigmoid import KERNEL_DEVICES, sigmoid_attention
+
+DEFAULTS = {
+    "cpu": dict(layers=4, channels=128, heads=4, context=64, dropout=0.0, steps=3000, batch=16, lr=3e-3,
+                weight_decay=1e-4, eval_interval=500),
+    "gpu": dict(layers=6, channels=384, heads=6, context=256, dropout=0.2, steps=5000, batch=64, lr=1e-3,
+                weight_decay=0.1, eval_interval=250),
+}
+ARCHITECTURE = "attn attn_bias pos norm qk_norm layer_scale layers channels heads context".split()
+
+
+# -------- Model. B batch, T tokens, C channels, H heads, D = C / H.
+
+def alibi_slopes(heads):
+    """(H,) geometric series 2^(-8/H), 2^(-16/H), ... (arXiv 2108.12409); if H is no power of two, two such series."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+    return torch.tensor(slopes + [2 ** (-4 * (2 * h + 1) / power) for h in range(heads - power)])
+
+
+def rotate(x, positions):
+    """RoPE (arXiv 2104.09864) of x (B, H, T, D) at positions (T,): dimensions d and d + D/2 turn by t * 10000^(-2d/D)."""
+    half = x.shape[-1] // 2
+    angle = positions[:, None] * 10000 ** (-torch.arange(half, device=x.device) / half)     # (T, D/2)
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        self.qkv = nn.Linear(args.channels, 3 * args.channels, bias=False)
+        self.out = nn.Linear(args.channels, args.channels, bias=False)
+        if args.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(args.channels // args.heads, eps=1e-5) for _ in range(2))
+        self.register_buffer("slopes", alibi_slopes(args.heads) if args.pos == "alibi" else None, persistent=False)
+
+    def forward(self, x, positions, cache):
+        """x (B, T, C), positions (T,); cache, when generating, is a dict of the keys and values of earlier tokens."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.args.heads, -1).permute(2, 0, 3, 1, 4)     # each (B, H, T, D)
+        if self.args.qk_norm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if self.args.pos == "rope":
+            q, k = rotate(q, positions), rotate(k, positions)
+        if cache is not None:  # sigmoid attention renormalises nothing: a new key just adds its term to the sum
+            k, v = (torch.cat([*old, new], 2) for old, new in zip(cache.get(self, ((), ())), (k, v)))
+            cache[self] = [k], [v]
+        if self.args.attn == "sigmoid":
+            y = sigmoid_attention(q, k, v, bias=self.args.attn_bias, is_causal=True, alibi_slopes=self.slopes)
+        elif self.slopes is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        else:  # softmax takes ALiBi as a tensor (H, Tq, Tk), -inf for the future
+            distance = positions[:, None] - torch.arange(k.shape[2], device=x.device)
+            mask = (-self.slopes[:, None, None] * distance).masked_fill(distance < 0, -math.inf).to(q.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """x + post(attention(pre(x))), then x + post(SwiGLU(pre(x))); --norm pre has no post."""
+
+    def __init__(self, args):
+        super().__init__()
+        C, width = args.channels, math.ceil(8 / 3 * args.channels / 256) * 256
+        self.attn, self.up, self.down = Attention(args), nn.Linear(C, 2 * width, bias=False), nn.Linear(width, C, bias=False)
+        self.pre = nn.ModuleList(nn.RMSNorm(C, eps=1e-5) for _ in range(2))
+        self.post = nn.ModuleList(nn.RMSNorm(C, eps=1e-5) if args.norm == "hybrid" else nn.Identity() for _ in range(2))
+        self.layer_scale = nn.Parameter(torch.full((2, C), args.layer_scale)) if args.layer_scale else None
+        self.dropout = nn.Dropout(args.dropout)
+
+    def add(self, x, branch, i):
+        y = self.dropout(self.post[i](branch))
+        return x + y if self.layer_scale is None else x + self.layer_scale[i] * y
+
+    def forward(self, x, positions, cache):
+        x = self.add(x, self.attn(self.pre[0](x), positions, cache), 0)
+        gate, y = self.up(self.pre[1](x)).chunk(2, -1)
+        return self.add(x, self.down(F.silu(gate) * y), 1)
+
+
+class GPT(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.embed = nn.Embedding(256, args.channels)
+        self.positions = nn.Embedding(args.context, args.channels) if args.pos == "learned" else None
+        self.dropout = nn.Dropout(args.dropout)
+        self.blocks = nn.ModuleList(Block(args) for _ in range(args.layers))
+        self.norm = nn.RMSNorm(args.channels, eps=1e-5)
+        self.head = nn.Linear(args.channels, 256, bias=False)
+        for module in self.modules():  # variance 1 / fan in; of an embedding, 1 / fan out
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+
+    def forward(self, tokens, start=0, cache=None):
+        """tokens (B, T) int64 at positions start, start + 1, ... -> logits (B, T, 256)."""
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.embed(tokens)                                                              # (B, T, C)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, positions, cache)
+        return self.head(self.norm(x))
+
+
+def cross_entropy(model, windows):
+    """windows (B, T + 1) of bytes -> (B, T) nats: each byte from those before it."""
+    windows = windows.long()
+    return F.cross_entropy(model(windows[:, :-1]).float().transpose(1, 2), windows[:, 1:], reduction="none")
+
+
+# -------- Evaluation
+
+@torch.no_grad()
+def evaluate(model, windows):
+    """Of windows (N, T + 1): the mean loss in nats, and the root mean square of the attention output, before its
+    projection, in the layer where it is largest. Depends neither on the batch size nor on the training's random numbers."""
+    found = []
+    hooks = [block.attn.out.register_forward_pre_hook(lambda _, x: found.append(x[0].float().square().mean().sqrt()))
+             for block in model.blocks]
+    model.eval()
+    losses = [cross_entropy(model, some).mean(1).double() for some in windows.split(max(1, 2 ** 15 // windows.shape[1]))]
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(losses).mean().item(), torch.stack(found).max().item()
+
+
+@torch.no_grad()
+def generate(model, prompt, length, context, temperature=0.8, seed=0):
+    """prompt (bytes) and `length` sampled bytes. When the cache is full, the newest half of it is read again."""
+    model.eval()
+    device = model.head.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    text = torch.tensor([list(prompt)], device=device)                                      # (1, T)
+    new, cache, start = text[:, -context:], {}, 0
+    for _ in range(length):
+        if start + new.shape[1] > context:
+            new, cache, start = text[:, -(context // 2):], {}, 0
+        logits = model(new, start, cache)[:, -1].float() / temperature                      # (1, 256)
+        start += new.shape[1]
+        new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        text = torch.cat([text, new], 1)
+    return bytes(text[0].tolist())
+
+
+# -------- Training
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def save_checkpoint(path, state):
+    """Write another file, then rename it: a kill in between leaves the old checkpoint whole."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def load_checkpoint(path, device):
+    if not path.exists():
+        fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume and --sample")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def train(args, tokens, device, autocast, out_dir):
+    """Train on nine tenths of tokens (N,) uint8, validate on the rest; checkpoint.pt and log.jsonl go to out_dir.
+
+    Returns (model, metrics, curves); curves holds "loss" and "norm", lists of (step, value). Ctrl-C saves and exits.
+    """
+    began = time.time()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    train_tokens, val_tokens = tokens.to(device).tensor_split([len(tokens) * 9 // 10])
+    torch.manual_seed(args.seed)
+    gpt = GPT(args).to(device)
+    model = torch.compile(gpt) if device.type == "cuda" else gpt
+    model = DistributedDataParallel(model) if world > 1 else model
+    groups = [dict(params=[p for p in gpt.parameters() if p.dim() > 1], weight_decay=args.weight_decay),
+              dict(params=[p for p in gpt.parameters() if p.dim() == 1], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
+    batches = torch.Generator(device).manual_seed(args.seed)  # dropout draws from another one: the batches never depend
+    first, losses, norms = 0, [], []
+    if args.resume:
+        state = load_checkpoint(out_dir / "checkpoint.pt", device)
+        differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
+                     if state["args"][name] != getattr(args, name)]
+        if differing:
+            fail(f"--resume: {out_dir / 'checkpoint.pt'} is another architecture: {'; '.join(differing)}")
+        gpt.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        batches.set_state(state["batches"].cpu())
+        torch.set_rng_state(state["rng"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+        first, losses, norms = state["step"], state["losses"], state["norms"]
+    if rank == 0:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        log = open(out_dir / "log.jsonl", "a" if args.resume else "w", buffering=1)
+        log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
+
+    stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
+    previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
+    offsets = torch.arange(args.context + 1, device=device)
+    windows = val_tokens.unfold(0, args.context + 1, args.context)  # every byte but the first once; a short rest is left out
+    seconds, counted, tick = 0.0, 0, None  # the clock of tokens/s leaves out compilation and evaluation
+    bar = tqdm(total=args.steps, initial=first, disable=rank > 0, desc=out_dir.name, mininterval=1)
+    for step in range(first, args.steps):
+        if rank == 0 and step < 200 and step % 10 == 0:
+            with autocast:
+                norms.append((step, evaluate(gpt, windows[:8])[1]))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        starts = torch.randint(len(train_tokens) - args.context, (args.batch,), generator=batches, device=device)
+        with autocast:
+            loss = cross_entropy(model, train_tokens[starts[rank::world, None] + offsets]).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+        last = step + 1 == args.steps or bool(stop)
+        if last or (step + 1) % 10 == 0:
+            if world > 1:
+                dist.all_reduce(loss.detach())
+            train_loss = loss.item() / world  # waits for the device, so that the clock tells the truth
+            if not math.isfinite(train_loss):
+                fail(f"loss {train_loss} at step {step}, learning rate {learning_rate(step, args):.2e}\n"
+                     f"HINT: a lower --lr, a longer --warmup, --qk_norm", status=1)
+            if tick:
+                seconds, counted = seconds + time.time() - tick[0], counted + step - tick[1]
+            tick = time.time(), step
+            bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
+        if rank == 0 and (last or (step + 1) % args.eval_interval == 0):
+            with autocast:
+                val_loss, rms = evaluate(gpt, windows)
+            losses.append((step + 1, val_loss))
+            norms.append((step + 1, rms))
+            log.write(json.dumps(dict(step=step + 1, train_loss=train_loss, val_loss=val_loss, attention_rms=rms)) + "\n")
+            bar.write(f"step {step + 1}/{args.steps}  train {train_loss:.4f}  val {val_loss:.4f}")
+            save_checkpoint(out_dir / "checkpoint.pt", dict(
+                model=gpt.state_dict(), optimizer=optimizer.state_dict(), batches=batches.get_state(), args=vars(args),
+                rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                step=step + 1, losses=losses, norms=norms))
+            tick = None
+        if stop:
+            fail(f"interrupted at step {step + 1} and saved\nHINT: --resume goes on", status=130)
+    bar.close()
+    signal.signal(signal.SIGINT, previous)
+    if rank > 0:
+        raise SystemExit
+    metrics = dict(val_loss=val_loss, best_val_loss=min(loss for _, loss in losses), train_loss=train_loss,
+                   attention_rms_init=norms[0][1], attention_rms_early_max=max(rms for step, rms in norms if step < 200),
+                   tokens_per_s=counted * args.batch * args.context / max(seconds, 1e-9), seconds=time.time() - began)
+    return gpt, metrics, dict(loss=losses, norm=norms)
+
+
+def compare(args, tokens, device, autocast, out_dir):
+    """The paper's claim: softmax, sigmoid, and sigmoid without the bias that keeps its output small, on equal batches.
+
+    Returns (rows, {name: curves of the last seed})."""
+    arms = {"softmax": dict(attn="softmax"), f"sigmoid, b = {args.attn_bias:.2f}": {}, "sigmoid, b = 0": dict(attn_bias=0.0)}
+    rows, curves = [], {}
+    for name, changes in arms.items():
+        runs = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            arm = argparse.Namespace(**{**vars(args), "attn": "sigmoid", "seed": seed, **changes})
+            folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
+            _, metrics, curves[name] = train(arm, tokens, device, autocast, folder)
+            runs.append(metrics)
+        rows.append(dict(name=name, seeds=args.seeds))
+        for key in runs[0]:
+            values = torch.tensor([run[key] for run in runs], dtype=torch.float64)
+            rows[-1][key], rows[-1][f"{key}_std"] = values.mean().item(), values.std(correction=min(1, len(runs) - 1)).item()
+    print(f"\n{args.seeds} seed(s), mean ± std{'val loss':>24}{'attention RMS, start':>24}{'early max':>18}{'tokens/s':>12}")
+    for row in rows:
+        loss, start, early = (f"{row[key]:.4f} ± {row[key + '_std']:.4f}"
+                              for key in ("val_loss", "attention_rms_init", "attention_rms_early_max"))
+        print(f"{row['name']:22}{loss:>24}{start:>24}{early:>18}{row['tokens_per_s']:>12,.0f}")
+    return rows, curves
+
+
+def plot(path, curves):
+    """Validation loss and RMS of the attention output against steps, a line an arm."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    labels = {"loss": "validation loss, nats per byte", "norm": "RMS of the attention output"}
+    for axis, (key, label) in zip(figure.subplots(1, 2), labels.items()):
+        for name, curve in curves.items():
+            axis.plot(*zip(*curve[key]), label=name, marker=".")
+        axis.set(xlabel="step", ylabel=label, xscale="linear" if key == "loss" else "symlog", yscale="log")
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+# -------- Arguments
+
+def fail(message, status=2):
+    print(f"ERROR: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number of this kind from low to high."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} given, allowed: {low} to {high}")
+        return value
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def parse(argv):
+    there = [name for name, yes in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
+                                    ("cpu", True)) if yes]
+    first = argparse.ArgumentParser(add_help=False)  # the two flags on which defaults depend
+    first.add_argument("--device", choices=there, default=there[0], help="of what this machine has")
+    first.add_argument("--compare", action="store_true", help="softmax, sigmoid, and sigmoid with b = 0, in one table")
+    parser = argparse.ArgumentParser(description="GPT with sigmoid self-attention (arXiv 2409.04431).", parents=[first],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = first.error = fail
+    known, _ = first.parse_known_args(argv)
+    parser.set_defaults(**DEFAULTS["cpu" if known.device == "cpu" else "gpu"])
+    if known.compare and known.device == "cpu":
+        parser.set_defaults(steps=DEFAULTS["cpu"]["steps"] // 3)  # three runs in the time of one
+    data = parser.add_argument_group("data").add_argument
+    data("--data", nargs="+", metavar="NAME", help="shakespeare, python (the documentation inside Python), or paths of text "
+         "files and folders; None is shakespeare, or python where that can't be had")
+    model = parser.add_argument_group("model").add_argument
+    model("--attn", choices=("sigmoid", "softmax"), default="sigmoid", help="attention")
+    model("--attn_bias", type=number(float, -1e3, 1e3), help="b of sigmoid attention; None is -log of the context")
+    model("--pos", choices=("alibi", "rope", "learned", "none"), default="alibi", help="position embedding")
+    model("--norm", choices=("pre", "hybrid"), default="hybrid", help="before each branch, or before and after")
+    model("--qk_norm", action=argparse.BooleanOptionalAction, default=True, help="RMSNorm of q and k")
+    model("--layer_scale", type=number(float, 0), default=0.0, help="initial LayerScale of each branch, 0 for none")
+    model("--layers", type=number(int, 1), help="blocks")
+    model("--channels", type=number(int, 1), help="width")
+    model("--heads", type=number(int, 1), help="attention heads, of 16 to 256 channels each")
+    model("--context", type=number(int, 2), help="bytes a window")
+    model("--dropout", type=number(float, 0, 0.9), help="after the embedding and each branch")
+    optimisation = parser.add_argument_group("optimisation").add_argument
+    optimisation("--steps", type=number(int, 1), help="optimiser steps of a run")
+    optimisation("--batch", type=number(int, 1), help="windows a step, over all processes")
+    optimisation("--lr", type=number(float, 0), help="peak learning rate of AdamW")
+    optimisation("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
+    optimisation("--weight_decay", type=number(float, 0), help="decoupled, of matrices")
+    run = parser.add_argument_group("run").add_argument
+    run("--seeds", type=number(int, 1), default=1, help="with --compare: runs an arm")
+    run("--seed", type=number(int, 0, 2 ** 31), default=1337, help="of weights, batches, dropout and sample")
+    run("--plot", metavar="FILE.png", help="draw losses and attention norms")
+    run("--out_dir", type=Path, default=Path("out/sigmoid_gpt"), help="for checkpoint.pt, log.jsonl, metrics.json")
+    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit")
+    run("--sample", action="store_true", help="no training: write a sample from out_dir/checkpoint.pt")
+    run("--prompt", default="\n", help="text that the sample continues")
+    run("--eval_interval", type=number(int, 1), help="steps between evaluations, each with a checkpoint")
+    run("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="of matrix products; auto is bfloat16 on CUDA of capability 8.0 and more, else float32")
+    args = parser.parse_args(argv)
+    args.attn_bias = -math.log(args.context) if args.attn_bias is None else args.attn_bias
+    D = args.channels / args.heads
+    if D % 2 or not 16 <= D <= 256:
+        fail(f"--heads {args.heads}: a head has {D:g} of --channels {args.channels}; allowed: an even number, 16 to 256")
+    if not args.prompt:
+        fail("--prompt is empty; allowed: one byte or more")
+    if args.compare and args.resume:
+        fail("--resume with --compare; allowed: with a single run")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        fail("--plot needs the package matplotlib\nHINT: pip install matplotlib")
+    return args
+
+
+def main(argv=None):
+    """Train, compare or sample as the flags say; returns what metrics.json holds, or the sample."""
+    args = parse(argv)
+    out_dir, device = args.out_dir, torch.device(args.device)
+    args.out_dir = str(out_dir)
+    if args.sample:
+        state = load_checkpoint(out_dir / "checkpoint.pt", device)
+        model = GPT(argparse.Namespace(**state["args"])).to(device)
+        model.load_state_dict(state["model"])
+        print(generate(model, args.prompt.encode(), 500, state["args"]["context"], seed=args.seed).decode(errors="replace"))
+        return None
+    if "RANK" in os.environ:  # started by torchrun
+        if args.batch % int(os.environ["WORLD_SIZE"]) or args.compare:
+            fail(f"--batch {args.batch} on {os.environ['WORLD_SIZE']} processes; allowed: a multiple, and no --compare")
+        if args.device == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    try:
+        tokens, dataset = load_text(args.data)
+    except (OSError, ValueError) as error:
+        fail(f"--data: {error}")
+    if len(tokens) < 100 * args.context:
+        fail(f"--data {dataset} holds {len(tokens):,} bytes; allowed: at least 100 windows of --context {args.context}")
+    fast = args.device == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and fast
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=bf16)
+    name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
+    if os.environ.get("RANK", "0") == "0":
+        kernel = "Triton kernels" if args.device in KERNEL_DEVICES and args.attn == "sigmoid" else "PyTorch attention"
+        print(f"{name}, {'bfloat16' if bf16 else 'float32'} ({'the device has' if fast else 'no'} fast bfloat16), "
+              f"{sum(p.numel() for p in GPT(args).parameters()):,} parameters, {dataset}: {len(tokens):,} bytes, {kernel}")
+    if args.compare:
+        rows, curves = compare(args, tokens, device, autocast, out_dir)
+        result = dict(rows=rows)
+    else:
+        model, result, curves = train(args, tokens, device, autocast, out_dir)
+        curves = {args.attn: curves}
+        print(generate(model, args.prompt.encode(), 500, args.context, seed=args.seed).decode(errors="replace") + "\n")
+        for key, value in result.items():
+            print(f"{key:26}{value:,.4f}")
+    result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
+    (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
+    if args.plot:
+        plot(args.plot, curves)
+    return result
+
+
+if __name__ == "__main__":
+    main()
