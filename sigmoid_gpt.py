@@ -214,7 +214,9 @@ def train(args, tokens, device, autocast, out_dir):
     train_tokens, val_tokens = tokens.to(device).tensor_split([len(tokens) * 9 // 10])
     torch.manual_seed(args.seed)
     gpt = GPT(args).to(device)
-    model = torch.compile(gpt) if device.type == "cuda" else gpt
+    model = gpt
+    if device.type == "cuda":  # CUDA graphs: launching this small a model's kernels takes longer than running them
+        model = torch.compile(gpt, mode="reduce-overhead" if world == 1 else None)
     model = DistributedDataParallel(model) if world > 1 else model
     groups = [dict(params=[p for p in gpt.parameters() if p.dim() > 1], weight_decay=args.weight_decay),
               dict(params=[p for p in gpt.parameters() if p.dim() == 1], weight_decay=0.0)]
