@@ -38,8 +38,8 @@ from flashsigmoid import KERNEL_DEVICES, sigmoid_attention
 DEFAULTS = {
     "cpu": dict(layers=4, channels=128, heads=4, context=64, dropout=0.0, steps=3000, batch=16, lr=3e-3,
                 weight_decay=1e-4, eval_interval=500),
-    "gpu": dict(layers=6, channels=384, heads=6, context=256, dropout=0.2, steps=5000, batch=64, lr=1e-3,
-                weight_decay=0.1, eval_interval=250),
+    "gpu": dict(layers=6, channels=384, heads=6, context=256, dropout=0.4, steps=4000, batch=64, lr=1e-3,
+                weight_decay=2.0, eval_interval=250),
 }
 ARCHITECTURE = "attn attn_bias pos norm qk_norm layer_scale layers channels heads context".split()
 
@@ -48,9 +48,9 @@ ARCHITECTURE = "attn attn_bias pos norm qk_norm layer_scale layers channels head
 
 def alibi_slopes(heads):
     """(H,) geometric series 2^(-8/H), 2^(-16/H), ... (arXiv 2108.12409); if H is no power of two, two such series."""
-    power = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-    return torch.tensor(slopes + [2 ** (-4 * (2 * h + 1) / power) for h in range(heads - power)])
+    power = 2 ** int(math.log2(heads))
+    return torch.tensor([2 ** (-8 * (h + 1) / power) if h < power else 2 ** (-8 * (h - power + 0.5) / power)
+                         for h in range(heads)])
 
 
 def rotate(x, positions):
@@ -102,7 +102,7 @@ class Block(nn.Module):
         self.attn, self.up, self.down = Attention(args), nn.Linear(C, 2 * width, bias=False), nn.Linear(width, C, bias=False)
         self.pre = nn.ModuleList(nn.RMSNorm(C, eps=1e-5) for _ in range(2))
         self.post = nn.ModuleList(nn.RMSNorm(C, eps=1e-5) if args.norm == "hybrid" else nn.Identity() for _ in range(2))
-        self.layer_scale = nn.Parameter(torch.full((2, C), args.layer_scale)) if args.layer_scale else None
+        self.layer_scale = nn.ParameterList(torch.full((C,), args.layer_scale) for _ in range(2)) if args.layer_scale else None
         self.dropout = nn.Dropout(args.dropout)
 
     def add(self, x, branch, i):
@@ -185,10 +185,8 @@ def generate(model, prompt, length, context, temperature=0.8, seed=0):
 
 def learning_rate(step, args):
     """Linear warm-up, then a cosine down to a tenth."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+    progress = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * min((step + 1) / max(1, args.warmup), 0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def save_checkpoint(path, state):
@@ -198,10 +196,16 @@ def save_checkpoint(path, state):
     part.replace(path)
 
 
-def load_checkpoint(path, device):
+def load_checkpoint(path, device, args=None):
+    """The saved state; where args are given, the model they describe has to be the saved one."""
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume and --sample")
-    return torch.load(path, map_location=device, weights_only=True)
+    state = torch.load(path, map_location=device, weights_only=True)
+    differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
+                 if args and state["args"][name] != getattr(args, name)]
+    if differing:
+        fail(f"--resume: {path} is another architecture: {'; '.join(differing)}")
+    return state
 
 
 def train(args, tokens, device, autocast, out_dir):
@@ -214,21 +218,16 @@ def train(args, tokens, device, autocast, out_dir):
     train_tokens, val_tokens = tokens.to(device).tensor_split([len(tokens) * 9 // 10])
     torch.manual_seed(args.seed)
     gpt = GPT(args).to(device)
-    model = gpt
-    if device.type == "cuda":  # CUDA graphs: launching this small a model's kernels takes longer than running them
-        model = torch.compile(gpt, mode="reduce-overhead" if world == 1 else None)
+    mode = "reduce-overhead" if world == 1 else None  # CUDA graphs: to launch these small kernels takes longer than to run them
+    model = torch.compile(gpt, mode=mode) if device.type == "cuda" else gpt
     model = DistributedDataParallel(model) if world > 1 else model
-    groups = [dict(params=[p for p in gpt.parameters() if p.dim() > 1], weight_decay=args.weight_decay),
-              dict(params=[p for p in gpt.parameters() if p.dim() == 1], weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
-    batches = torch.Generator(device).manual_seed(args.seed)  # dropout draws from another one: the batches never depend
+    matrices, vectors = ([p for p in gpt.parameters() if (p.dim() > 1) == decayed] for decayed in (True, False))
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0)],
+                                  betas=(0.9, 0.95), fused=device.type != "mps")
+    batches = torch.Generator(device).manual_seed(args.seed)  # apart from dropout's: all arms of a comparison see equal batches
     first, losses, norms = 0, [], []
     if args.resume:
-        state = load_checkpoint(out_dir / "checkpoint.pt", device)
-        differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
-                     if state["args"][name] != getattr(args, name)]
-        if differing:
-            fail(f"--resume: {out_dir / 'checkpoint.pt'} is another architecture: {'; '.join(differing)}")
+        state = load_checkpoint(out_dir / "checkpoint.pt", device, args)
         gpt.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         batches.set_state(state["batches"].cpu())
@@ -241,10 +240,12 @@ def train(args, tokens, device, autocast, out_dir):
         log = open(out_dir / "log.jsonl", "a" if args.resume else "w", buffering=1)
         log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
 
+    if first >= args.steps:
+        fail(f"--resume: {out_dir} is at step {first}; allowed: --steps above that")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     offsets = torch.arange(args.context + 1, device=device)
-    windows = val_tokens.unfold(0, args.context + 1, args.context)  # every byte but the first once; a short rest is left out
+    windows = val_tokens.unfold(0, args.context + 1, args.context)  # adjoining; a rest shorter than one is left out
     seconds, counted, tick = 0.0, 0, None  # the clock of tokens/s leaves out compilation and evaluation
     bar = tqdm(total=args.steps, initial=first, disable=rank > 0, desc=out_dir.name, mininterval=1)
     for step in range(first, args.steps):
@@ -289,6 +290,8 @@ def train(args, tokens, device, autocast, out_dir):
             fail(f"interrupted at step {step + 1} and saved\nHINT: --resume goes on", status=130)
     bar.close()
     signal.signal(signal.SIGINT, previous)
+    if world > 1:
+        dist.destroy_process_group()
     if rank > 0:
         raise SystemExit
     metrics = dict(val_loss=val_loss, best_val_loss=min(loss for _, loss in losses), train_loss=train_loss,
@@ -342,15 +345,13 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a number of this kind from low to high."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
+def within(low, high=math.inf, kind=int):
+    """An argparse type: a number from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} given, allowed: {low} to {high}")
-        return value
-    convert.__name__ = kind.__name__
-    return convert
+        return kind(text)
+    return number
 
 
 def parse(argv):
@@ -371,33 +372,31 @@ def parse(argv):
          "files and folders; None is shakespeare, or python where that can't be had")
     model = parser.add_argument_group("model").add_argument
     model("--attn", choices=("sigmoid", "softmax"), default="sigmoid", help="attention")
-    model("--attn_bias", type=number(float, -1e3, 1e3), help="b of sigmoid attention; None is -log of the context")
+    model("--attn_bias", type=within(-1e3, 1e3, kind=float), help="b of sigmoid attention; None is -log of the context")
     model("--pos", choices=("alibi", "rope", "learned", "none"), default="alibi", help="position embedding")
     model("--norm", choices=("pre", "hybrid"), default="hybrid", help="before each branch, or before and after")
     model("--qk_norm", action=argparse.BooleanOptionalAction, default=True, help="RMSNorm of q and k")
-    model("--layer_scale", type=number(float, 0), default=0.0, help="initial LayerScale of each branch, 0 for none")
-    model("--layers", type=number(int, 1), help="blocks")
-    model("--channels", type=number(int, 1), help="width")
-    model("--heads", type=number(int, 1), help="attention heads, of 16 to 256 channels each")
-    model("--context", type=number(int, 2), help="bytes a window")
-    model("--dropout", type=number(float, 0, 0.9), help="after the embedding and each branch")
+    model("--layer_scale", type=within(0, kind=float), default=0.0, help="initial LayerScale of each branch, 0 for none")
+    model("--layers", type=within(1), help="blocks")
+    model("--channels", type=within(1), help="width")
+    model("--heads", type=within(1), help="attention heads, of 16 to 256 channels each")
+    model("--context", type=within(2), help="bytes a window")
+    model("--dropout", type=within(0, 0.9, kind=float), help="after the embedding and each branch")
     optimisation = parser.add_argument_group("optimisation").add_argument
-    optimisation("--steps", type=number(int, 1), help="optimiser steps of a run")
-    optimisation("--batch", type=number(int, 1), help="windows a step, over all processes")
-    optimisation("--lr", type=number(float, 0), help="peak learning rate of AdamW")
-    optimisation("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
-    optimisation("--weight_decay", type=number(float, 0), help="decoupled, of matrices")
+    optimisation("--steps", type=within(1), help="optimiser steps of a run")
+    optimisation("--batch", type=within(1), help="windows a step, over all processes")
+    optimisation("--lr", type=within(0, kind=float), help="peak learning rate of AdamW")
+    optimisation("--warmup", type=within(0), default=100, help="steps of linear warm-up")
+    optimisation("--weight_decay", type=within(0, kind=float), help="decoupled, of matrices")
     run = parser.add_argument_group("run").add_argument
-    run("--seeds", type=number(int, 1), default=1, help="with --compare: runs an arm")
-    run("--seed", type=number(int, 0, 2 ** 31), default=1337, help="of weights, batches, dropout and sample")
+    run("--seeds", type=within(1), default=1, help="with --compare: runs an arm")
+    run("--seed", type=within(0, 2 ** 31), default=1337, help="of weights, batches, dropout and sample")
     run("--plot", metavar="FILE.png", help="draw losses and attention norms")
     run("--out_dir", type=Path, default=Path("out/sigmoid_gpt"), help="for checkpoint.pt, log.jsonl, metrics.json")
     run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit")
     run("--sample", action="store_true", help="no training: write a sample from out_dir/checkpoint.pt")
     run("--prompt", default="\n", help="text that the sample continues")
-    run("--eval_interval", type=number(int, 1), help="steps between evaluations, each with a checkpoint")
-    run("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of matrix products; auto is bfloat16 on CUDA of capability 8.0 and more, else float32")
+    run("--eval_interval", type=within(1), help="steps between evaluations, each with a checkpoint")
     args = parser.parse_args(argv)
     args.attn_bias = -math.log(args.context) if args.attn_bias is None else args.attn_bias
     D = args.channels / args.heads
@@ -436,14 +435,13 @@ def main(argv=None):
         fail(f"--data: {error}")
     if len(tokens) < 100 * args.context:
         fail(f"--data {dataset} holds {len(tokens):,} bytes; allowed: at least 100 windows of --context {args.context}")
-    fast = args.device == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and fast
+    bf16 = args.device == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=bf16)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     if os.environ.get("RANK", "0") == "0":
-        kernel = "Triton kernels" if args.device in KERNEL_DEVICES and args.attn == "sigmoid" else "PyTorch attention"
-        print(f"{name}, {'bfloat16' if bf16 else 'float32'} ({'the device has' if fast else 'no'} fast bfloat16), "
-              f"{sum(p.numel() for p in GPT(args).parameters()):,} parameters, {dataset}: {len(tokens):,} bytes, {kernel}")
+        print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}: "
+              f"{len(tokens):,} bytes, {sum(p.numel() for p in GPT(args).parameters()):,} parameters, "
+              f"{'Triton kernels' if args.device in KERNEL_DEVICES and args.attn == 'sigmoid' else 'PyTorch attention'}")
     if args.compare:
         rows, curves = compare(args, tokens, device, autocast, out_dir)
         result = dict(rows=rows)

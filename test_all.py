@@ -35,7 +35,8 @@ def normal(*shape, dtype=torch.float32):
 @triton.jit
 def weights_kernel(X, P, k_len, N: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(P + i, flashsigmoid.weights(tl.load(X + i), i, i, k_len, 1.0, 0.0, 0.0, False, False, MASK, EXACT))
+    p, z = flashsigmoid.weights(tl.load(X + i), i, i, k_len, 1.0, 0.0, 0.0, False, False, MASK, EXACT)
+    tl.store(P + i, p)
 
 
 class FlashSigmoid(unittest.TestCase):
@@ -71,7 +72,7 @@ class FlashSigmoid(unittest.TestCase):
             dtype, Tq, Tk, D, (H, Hk), layout, bias, causal, alibi, k_lens = case.values()
             q, k, v, do = (LAYOUTS[layout](normal(2, heads, T, D, dtype=dtype))
                            for heads, T in ((H, Tq), (Hk, Tk), (Hk, Tk), (H, Tq)))
-            bias = torch.linspace(-3, -1, H, device=DEVICE) if bias else None
+            bias = torch.linspace(-9, 6, H, device=DEVICE) if bias else None
             slopes = torch.linspace(1, 3, H, device=DEVICE) / max(Tq, Tk) if alibi else None
             k_lens = k_lens and torch.tensor([int(part * Tk) for part in k_lens], device=DEVICE)
             with self.subTest(**case):
@@ -95,8 +96,8 @@ class FlashSigmoid(unittest.TestCase):
         for dtype, bias in product(TOLERANCE, (0, -math.log(65536))):
             one = torch.ones(1, 1, 1, 16, device=DEVICE, dtype=dtype)
             p = sigmoid_attention(one * x[:, None].to(dtype), one, 4096 * one, bias, scale=1 / 16)[0, 0, :, 7] / 4096.0
-            exact = torch.sigmoid(x.double() + bias)
-            self.assertLess((p / exact - 1)[exact > torch.finfo(dtype).tiny].abs().max(), torch.finfo(dtype).eps / 2 + 2e-4)
+            ref = torch.sigmoid(x.double() + bias)
+            self.assertLess((p / ref - 1)[ref > torch.finfo(dtype).tiny].abs().max(), torch.finfo(dtype).eps / 2 + 2e-4)
 
     def test_nan_and_hidden_rows(self):
         """A NaN reaches the rows that see it and no other; a row that sees or is seen by nothing is zero."""
@@ -187,4 +188,4 @@ class FlashSigmoid(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main()
+    unittest.main(warnings="ignore")  # the interpreter overflows in exp2, as the GPU does, and NumPy warns
