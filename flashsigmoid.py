@@ -2,14 +2,14 @@
 FlashSigmoid: fused sigmoid attention (arXiv 2409.04431), forward and backward, in three Triton kernels.
 
     S = scale * Q K^T + b - slope * |i - j|        P = sigmoid(S)  (0 where masked)        O = P V
-    dV = P^T dO       dP = dO V^T       dS = P (1 - P) dP       dQ = scale * dS K       dK = scale * dS^T Q       db = sum dS
+    dV = P^T dO      dP = dO V^T      dS = P (1 - P) dP      dQ = scale * dS K      dK = scale * dS^T Q      db = sum dS
 
-Softmax divides a row by a sum over all its keys; the sigmoid does not. So there is no running maximum, no rescaling and no
-log-sum-exp, the backward pass needs nothing but q, k and v, and the outputs of disjoint sets of keys add up.
+Softmax divides a row by a sum over all its keys; the sigmoid does not. So there is no running maximum, no rescaling and
+no log-sum-exp, the backward pass needs nothing but q, k and v, and the outputs of disjoint sets of keys add up.
 b = -log(n) keeps the mass of a row near that of softmax: sigmoid(u - log n) = e^u / (e^u + n).
 
-Tiles that stick out of a tensor are filled with zeros. A key of zeros has weight sigmoid(b), on a value of zeros: it adds
-nothing to O and nothing to any gradient. So ragged lengths need no mask; only what the caller hides does.
+Tiles that stick out of a tensor are filled with zeros. A key of zeros has weight sigmoid(b), on a value of zeros: it
+adds nothing to O and nothing to any gradient. So ragged lengths need no mask; only what the caller hides does.
 
 `python flashsigmoid.py` checks the kernels against float64 and, on CUDA, times them against PyTorch's attention.
 """
@@ -18,6 +18,7 @@ import json
 import math
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-    KERNEL_DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)  # TRITON_INTERPRET=1: the CPU, too
+    KERNEL_DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)  # cpu with TRITON_INTERPRET=1
 except ImportError:  # no Triton for this platform: everything runs on the PyTorch reference
     class triton: jit = staticmethod(lambda kernel: kernel)
     class tl: constexpr = int
@@ -35,8 +36,8 @@ except ImportError:  # no Triton for this platform: everything runs on the PyTor
 
 
 def sigmoid_attention_reference(q, k, v, bias=None, is_causal=False, scale=None, alibi_slopes=None, k_lens=None):
-    """`sigmoid_attention` in plain PyTorch: any device and dtype (fp16 and bf16 compute in fp32), O(Tq Tk) memory, every
-    derivative. The oracle of the tests, in float64, and the path without a GPU."""
+    """`sigmoid_attention` in plain PyTorch, at least in fp32: any device, every derivative, but O(Tq Tk) memory. The
+    oracle of the tests, in float64, and the path without a GPU."""
     (H, Tq, D), (Hk, Tk) = q.shape[1:], k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
@@ -55,8 +56,9 @@ def sigmoid_attention_reference(q, k, v, bias=None, is_causal=False, scale=None,
     return (torch.sigmoid(s) @ v_).to(q.dtype)
 
 
-# -------- Kernels. Tensor descriptors are upper case, tiles lower case. A program owns BM queries or BN keys of one head;
-# m is its first query row, n its first key row. i and j are positions on the key axis: query row r stands at r + Tk - Tq.
+# -------- Kernels. Tensor descriptors are upper case, tiles lower case. A program owns BM queries or BN keys of a head;
+# m and n are the first rows of a tile of queries and of keys, i and j positions on the key axis: row m + r of the
+# queries stands at i = m + r + Tk - Tq, so that the last query sees the last key.
 
 @triton.jit
 def load(X, b, h, row):
@@ -84,7 +86,7 @@ def entry(X, index, otherwise):
 
 @triton.jit
 def place(rows: tl.constexpr, T, heads, LAST_FIRST: tl.constexpr):
-    """(first row, head, sequence) of this program; the tiles of a head run from the last to the first or the other way."""
+    """(first row, head, sequence) of this program's tile; a head begins with its last tile or with its first."""
     tiles = tl.cdiv(T, rows)
     tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     return (tiles - 1 - tile if LAST_FIRST else tile) * rows, bh % heads, bh // heads
@@ -104,12 +106,12 @@ def key_range(i, k_len, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr
 @triton.jit
 def weights(s, i, j, k_len, scale, bias, slope, ALIBI: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
             EXACT: tl.constexpr):
-    """P = sigmoid(x) and exp(-x) of x = scale * s + bias - slope * |i - j|, s an fp32 tile; i and j broadcast to its shape.
+    """P = sigmoid(x) and z = exp(-x) of x = scale * s + bias - slope * |i - j|; s is an fp32 tile, P = 0 where masked.
 
-    With z = exp(-x), 1 - P = P z: no cancellation. z takes one ex2, and the reciprocal of y = A (1 + z) no second one:
-    the bits of y subtracted from a constant are a first guess of 1/y, and a Newton step with tuned A and C leaves a
-    relative error of P below 1.2e-4 for every logit, where tanh.approx is off by up to 32 % (x < -10, as with
-    b = -log 65536). EXACT, for fp32 inputs, divides.
+    z takes one ex2. The reciprocal of y = A (1 + z) takes no second one: the bits of y subtracted from a constant are a
+    first guess, and a Newton step with tuned A and C leaves a relative error of P below 1.2e-4 for every logit, where
+    tanh.approx is off by up to 32 % (x < -10, as with b = -log 65536). EXACT, for fp32 inputs, divides. The gradient
+    takes 1 - P = P z, which does not cancel.
     """
     A: tl.constexpr = 0.51512199
     C: tl.constexpr = 1.4355202
@@ -129,23 +131,23 @@ def weights(s, i, j, k_len, scale, bias, slope, ALIBI: tl.constexpr, CAUSAL: tl.
 
 
 @triton.jit
-def forward_kernel(Q, K, V, O, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
+def forward_kernel(Q, K, V, O, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: tl.constexpr, CAUSAL: tl.constexpr):
     """O = P V for BM queries."""
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
     ALIBI: tl.constexpr = Slopes is not None
-    HIDE: tl.constexpr = CAUSAL or KLens is not None
+    HIDE: tl.constexpr = CAUSAL or Lens is not None
     EXACT: tl.constexpr = Q.dtype == tl.float32
     m, h, b = place(BM, Tq, H, True)  # when causal, the longest rows first
     bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
-    k_len = tl.minimum(entry(KLens, b, Tk), Tk)
+    k_len = tl.minimum(entry(Lens, b, Tk), Tk)
     whole, end = key_range(m + Tk - Tq, k_len, BM, BN, CAUSAL, HIDE)
     i = m + Tk - Tq + tl.arange(0, BM)[:, None]
     q = load(Q, b, h, m)
     o = tl.zeros(q.shape, tl.float32)
-    for MASK in tl.static_range(1 + HIDE):
+    for MASK in tl.static_range(1 + HIDE):  # the tiles that all of the rows see whole, then those that need the mask
         for n in range(whole if MASK else 0, end if MASK else whole, BN):
-            k, v = load(K, b, h // GROUP, n), load(V, b, h // GROUP, n)
+            k, v = load(K, b, h // G, n), load(V, b, h // G, n)
             j = n + tl.arange(0, BN)[None, :]
             p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, MASK, EXACT)
             o = dot(p.to(v.dtype), v, o)
@@ -153,23 +155,23 @@ def forward_kernel(Q, K, V, O, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, GROU
 
 
 @triton.jit
-def dq_kernel(Q, K, V, DO, DQ, DB, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
+def dq_kernel(Q, K, V, DO, DQ, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: tl.constexpr, CAUSAL: tl.constexpr):
     """dQ = scale * dS K for BM queries, and the sum of dS over their rows, for db."""
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
     ALIBI: tl.constexpr = Slopes is not None
-    HIDE: tl.constexpr = CAUSAL or KLens is not None
+    HIDE: tl.constexpr = CAUSAL or Lens is not None
     EXACT: tl.constexpr = Q.dtype == tl.float32
     m, h, b = place(BM, Tq, H, True)
     bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
-    k_len = tl.minimum(entry(KLens, b, Tk), Tk)
+    k_len = tl.minimum(entry(Lens, b, Tk), Tk)
     whole, end = key_range(m + Tk - Tq, k_len, BM, BN, CAUSAL, HIDE)
     i = m + Tk - Tq + tl.arange(0, BM)[:, None]
     q, do = load(Q, b, h, m), load(DO, b, h, m)
     dq, db = tl.zeros(q.shape, tl.float32), tl.zeros([BM], tl.float32)
     for MASK in tl.static_range(1 + HIDE):
         for n in range(whole if MASK else 0, end if MASK else whole, BN):
-            k, v = load(K, b, h // GROUP, n), load(V, b, h // GROUP, n)
+            k, v = load(K, b, h // G, n), load(V, b, h // G, n)
             j = n + tl.arange(0, BN)[None, :]
             p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, MASK, EXACT)
             ds = p * (p * z) * dot(do, v.T)
@@ -182,23 +184,23 @@ def dq_kernel(Q, K, V, DO, DQ, DB, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, 
 
 
 @triton.jit
-def dkdv_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, KLens, bias, scale, H, Tq, Tk, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
-    """dK = scale * dS^T Q and dV = P^T dO for BN keys, summed over the GROUP query heads that share them."""
+def dkdv_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: tl.constexpr, CAUSAL: tl.constexpr):
+    """dK = scale * dS^T Q and dV = P^T dO for BN keys, summed over the G query heads that share them."""
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
     ALIBI: tl.constexpr = Slopes is not None
     EXACT: tl.constexpr = Q.dtype == tl.float32
-    n, hk, b = place(BN, Tk, H // GROUP, False)
-    k_len = tl.minimum(entry(KLens, b, Tk), Tk)
-    first, whole, end = 0, 0, tl.where(n < k_len, Tq, 0)  # rows [first, whole) need the causal mask, [whole, end) do not
+    n, hk, b = place(BN, Tk, H // G, False)
+    k_len = tl.minimum(entry(Lens, b, Tk), Tk)
+    first, whole, end = 0, 0, tl.where(n < k_len, Tq, 0)  # rows [first, whole) need the causal mask, the rest does not
     if CAUSAL:
         first = tl.minimum(tl.maximum(n + Tq - Tk, 0) // BM * BM, end)
         whole = tl.minimum(tl.cdiv(tl.maximum(n + Tq - Tk + BN - 1, 0), BM) * BM, end)
     j = n + tl.arange(0, BN)[:, None]
     k, v = load(K, b, hk, n), load(V, b, hk, n)
     dk, dv = tl.zeros(k.shape, tl.float32), tl.zeros(v.shape, tl.float32)
-    for group in range(GROUP):
-        h = hk * GROUP + group
+    for group in range(G):
+        h = hk * G + group
         head_bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
         for MASK in tl.static_range(CAUSAL, -1, -1):
             for m in range(first if MASK else whole, whole if MASK else end, BM):
@@ -208,7 +210,7 @@ def dkdv_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, KLens, bias, scale, H, Tq, Tk
                 dv = dot(p.to(do.dtype), do, dv)
                 ds = p * (p * z) * dot(v, do.T)                                                             # dS^T
                 dk = dot(ds.to(q.dtype), q, dk)
-    if KLens is not None:  # the tile that k_len cuts
+    if Lens is not None:  # the tile that k_len cuts
         dk, dv = tl.where(j < k_len, dk, 0.0), tl.where(j < k_len, dv, 0.0)
     store(DK, b, hk, n, dk * scale)
     store(DV, b, hk, n, dv)
@@ -234,18 +236,19 @@ def tile_shape(name, x):
 
 
 def tiled(x, rows):
-    """Descriptor of x (B, H, T, D) in tiles of `rows` rows and a power of two of columns. The hardware addresses units of
-    16 bytes: a base or a stride that is no multiple of that costs one copy of x (never of what empty_like made)."""
+    """Descriptor of x (B, H, T, D) in tiles of `rows` rows and a power of two of columns. The hardware addresses units
+    of 16 bytes: a base or a stride that is no multiple of that costs one copy of x (never of what empty_like made)."""
     strides = [stride if size > 1 else 16 for size, stride in zip(x.shape, x.stride())]  # any will do for one row
     if x.data_ptr() % 16 or strides[3] != 1 or any(s * x.element_size() % 16 for s in strides[:3]):
         return tiled(x.clone(memory_format=torch.contiguous_format), rows)
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, triton.next_power_of_2(x.shape[3])])
 
 
-REST = "Tensor? bias, Tensor? slopes, Tensor? k_lens, float b, float scale, bool is_causal"  # b where bias is None
+INPUTS = ("Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? k_lens, "
+          "float b, float scale, bool is_causal")  # b is the bias where the tensor is None
 
 
-@torch.library.custom_op("flashsigmoid::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {REST}) -> Tensor")
+@torch.library.custom_op("flashsigmoid::forward", mutates_args=(), schema=f"({INPUTS}) -> Tensor")
 def forward_op(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
     BM, BN, options = tile_shape("forward", q)
@@ -257,8 +260,7 @@ def forward_op(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     return o
 
 
-@torch.library.custom_op("flashsigmoid::backward", mutates_args=(),
-                         schema=f"(Tensor do, Tensor q, Tensor k, Tensor v, {REST}) -> Tensor[]")
+@torch.library.custom_op("flashsigmoid::backward", mutates_args=(), schema=f"(Tensor do, {INPUTS}) -> Tensor[]")
 def backward_op(do, q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     """[dQ, dK, dV] and, where bias is a tensor, db. Two kernels without atomics give the same bits every time."""
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
@@ -314,18 +316,18 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     k_lens        (B,) integers: hides the keys j >= k_lens of each sequence; their tiles cost nothing
     returns       (B, H, Tq, D) in q's dtype and order of strides
 
-    Fused kernels on CUDA, `sigmoid_attention_reference` elsewhere. Deterministic; differentiable once in q, k, v and bias.
+    Fused kernels on CUDA, `sigmoid_attention_reference` elsewhere. Deterministic; differentiable once in q, k, v, bias.
     Autocast applies. Where D, a base address or a stride is no multiple of 16 bytes, the tensor is copied once. Raises
     ValueError or TypeError that name the argument.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(isinstance(x, Tensor) and x.is_floating_point() and x.element_size() <= 4, name, x,
                 "a tensor of float16, bfloat16 or float32 (float64: sigmoid_attention_reference)", TypeError)
-        require(x.dim() == 4 and x.numel() > 0 and x.stride(3) == 1, name, x, "(B, H, T, D), last stride 1, nothing empty")
+        require(x.dim() == 4 and x.numel() > 0 and x.stride(3) == 1, name, x, "(B, H, T, D), last stride 1, not empty")
         require(x.device == q.device, name, x, f"the device of q, {q.device}")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    require(q.dtype == k.dtype == v.dtype, "dtype of q, k, v", (q.dtype, k.dtype, v.dtype), "three times the same", TypeError)
+    require(q.dtype == k.dtype == v.dtype, "dtype of q, k, v", (q.dtype, k.dtype, v.dtype), "one for all", TypeError)
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
     require(16 <= D <= 256, "D", D, "16 to 256")
     require(k.shape == (B, Hk, Tk, D) and H % Hk == 0, "k", k, f"({B}, a divisor of {H}, Tk, {D}) to go with q")
@@ -341,24 +343,25 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     bias = -math.log(Tk) if bias is None else bias
     require(not isinstance(scale, Tensor) and math.isfinite(scale), "scale", scale, "a finite number")
     require(isinstance(bias, Tensor) or math.isfinite(bias), "bias", bias, "a finite number or a tensor (H,)")
-    if q.device.type not in KERNEL_DEVICES or q.is_cpu and q.dtype == torch.bfloat16:  # NumPy, the interpreter, has no bf16
+    if q.device.type not in KERNEL_DEVICES or q.is_cpu and q.dtype == torch.bfloat16:  # the interpreter has no bf16
         return sigmoid_attention_reference(q, k, v, bias, is_causal, scale, alibi_slopes, k_lens)
     b, bias = (0.0, bias.float().contiguous()) if isinstance(bias, Tensor) else (float(bias), None)
     slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
     k_lens = None if k_lens is None else k_lens.int().contiguous()
-    padding = -D % (16 // q.element_size())
-    q, k, v = (F.pad(x, (0, padding)) if padding else x for x in (q, k, v))
+    if padding := -D % (16 // q.element_size()):
+        q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
     return forward_op(q, k, v, bias, slopes, k_lens, b, float(scale), bool(is_causal))[..., :D]
 
 
 # -------- python flashsigmoid.py
 
 def row_errors(q, k, v, do, bias, **options):
-    """Largest relative error of a row of out, dq, dk, dv and (bias a tensor) db against the reference in float64.
-
-    A row is the last dimension; one whose norm is below a hundredth of the mean counts as that large."""
+    """Largest relative error of a row of out, dq, dk, dv and (bias a tensor) db against the reference in float64; a row
+    whose norm is below a hundredth of the mean counts as that large."""
     def run(attention, dtype):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, bias) if isinstance(x, Tensor)]
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        if isinstance(bias, Tensor):
+            leaves.append(bias.detach().to(torch.promote_types(dtype, bias.dtype)).requires_grad_())
         out = attention(*leaves[:3], *(leaves[3:] or [bias]), **options)
         return out, *torch.autograd.grad(out, leaves, do.to(dtype))
     found = {}
@@ -374,7 +377,7 @@ def check(device):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
         for T, D, causal in ((130, 40, True), (257, 64, False), (512, 128, True), (300, 256, False)):
             q, k, v, do = (torch.randn(2, 2, T, D, device=device, dtype=dtype) for _ in range(4))
-            found = row_errors(q, k, v, do, torch.full((2,), -math.log(T), device=device, dtype=dtype), is_causal=causal)
+            found = row_errors(q, k, v, do, torch.full((2,), -math.log(T), device=device), is_causal=causal)
             print(f"{str(dtype)[6:]:9}T={T} D={D:<4}{'causal' if causal else 'full':7}",
                   *(f"{name} {error:.1e} " for name, error in found.items()))
             if not all(error < tolerance for error in found.values()):
@@ -403,15 +406,11 @@ def benchmark():
         return out * lse.exp().unsqueeze(-1).to(out.dtype)
 
     def measure(f, flops):
-        try:
-            f()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            f()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
-            return flops / triton.testing.do_bench(f, warmup=25, rep=100, return_mode="median") / 1e9, peak
-        except torch.OutOfMemoryError:
-            return math.nan, math.nan
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
+        return flops / triton.testing.do_bench(f, warmup=25, rep=100, return_mode="median") / 1e9, peak
 
     peers = {"ours": lambda q, k, v, causal: sigmoid_attention(q, k, v, is_causal=causal),
              "FA-2": partial(sdpa, SDPBackend.FLASH_ATTENTION), "cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
@@ -424,21 +423,24 @@ def benchmark():
         hidden = torch.ones(T, T, device="cuda", dtype=torch.bool).triu(1)
         blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
         forward, backward = (dict(D=D, T=T, causal=causal, direction=name) for name in ("forward", "backward"))
+        flops = 4 * 16384 * T * 2048 / (1 + causal)
         for name, attention in peers.items():
-            forward[name] = measure(lambda: attention(q, k, v, causal), 4 * 16384 * T * 2048 / (1 + causal))
-            out = attention(q, k, v, causal) if forward[name][0] > 0 else q
-            backward[name] = measure(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True),
-                                     10 * 16384 * T * 2048 / (1 + causal))
-        for row in (forward, backward):
+            try:
+                out = attention(q, k, v, causal)
+                forward[name] = measure(lambda: attention(q, k, v, causal), flops)
+                backward[name] = measure(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True), 2.5 * flops)
+            except torch.OutOfMemoryError:
+                forward[name] = backward[name] = math.nan, math.nan
+        rows += [forward, backward]
+        for row in rows[-2:]:
             print(f"{row['direction']:9}D={D:<4}T={T:<6}{'causal' if causal else 'full':10}",
                   *(f"{row[name][0]:5.0f} ({row[name][1]:4.1f})" for name in peers))
-            rows.append(row)
     return rows
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check the kernels against float64 and, on CUDA, time them.")
-    parser.add_argument("--out", metavar="FILE.json", help="write the table here")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the table here")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -448,8 +450,7 @@ def main(argv=None):
     if device == "cuda":
         result = dict(device=name, torch=torch.__version__, triton=triton.__version__, rows=benchmark())
         if args.out:
-            with open(args.out, "w") as f:
-                json.dump(result, f, indent=1)
+            args.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
