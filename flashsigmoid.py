@@ -36,8 +36,7 @@ except ImportError:  # no Triton for this platform: everything runs on the PyTor
 
 
 def sigmoid_attention_reference(q, k, v, bias=None, is_causal=False, scale=None, alibi_slopes=None, k_lens=None):
-    """`sigmoid_attention` in plain PyTorch, at least in fp32: any device, every derivative, but O(Tq Tk) memory. The
-    oracle of the tests, in float64, and the path without a GPU."""
+    """`sigmoid_attention` in plain PyTorch, in fp32 or float64: any device, every derivative, but O(Tq Tk) memory."""
     (H, Tq, D), (Hk, Tk) = q.shape[1:], k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
@@ -56,9 +55,8 @@ def sigmoid_attention_reference(q, k, v, bias=None, is_causal=False, scale=None,
     return (torch.sigmoid(s) @ v_).to(q.dtype)
 
 
-# -------- Kernels. Tensor descriptors are upper case, tiles lower case. A program owns BM queries or BN keys of a head;
-# m and n are the first rows of a tile of queries and of keys, i and j positions on the key axis: row m + r of the
-# queries stands at i = m + r + Tk - Tq, so that the last query sees the last key.
+# -------- Kernels. Tensor descriptors are upper case, tiles lower case. A program owns BM queries, from row m on, or BN
+# keys, from row n on. i and j are positions on the key axis: query row r stands at r + Tk - Tq, the last with the last.
 
 @triton.jit
 def load(X, b, h, row):
@@ -317,9 +315,8 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     returns       (B, H, Tq, D) in q's dtype and order of strides
 
     Fused kernels on CUDA, `sigmoid_attention_reference` elsewhere. Deterministic; differentiable once in q, k, v, bias.
-    Autocast applies. Where D, a base address or a stride is no multiple of 16 bytes, the tensor is copied once. Raises
-    ValueError or TypeError that name the argument.
-    """
+    Autocast applies. A tensor whose D, base address or stride is no multiple of 16 bytes is copied once. Raises
+    ValueError or TypeError that name the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(isinstance(x, Tensor) and x.is_floating_point() and x.element_size() <= 4, name, x,
                 "a tensor of float16, bfloat16 or float32 (float64: sigmoid_attention_reference)", TypeError)
@@ -339,8 +336,7 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
             require(x.is_floating_point() == (name != "k_lens"), name, x,
                     "int32 or int64" if name == "k_lens" else "a floating dtype", TypeError)
     require(alibi_slopes is None or not alibi_slopes.requires_grad, "alibi_slopes", alibi_slopes, "no requires_grad")
-    scale = D ** -0.5 if scale is None else scale
-    bias = -math.log(Tk) if bias is None else bias
+    scale, bias = D ** -0.5 if scale is None else scale, -math.log(Tk) if bias is None else bias
     require(not isinstance(scale, Tensor) and math.isfinite(scale), "scale", scale, "a finite number")
     require(isinstance(bias, Tensor) or math.isfinite(bias), "bias", bias, "a finite number or a tensor (H,)")
     if q.device.type not in KERNEL_DEVICES or q.is_cpu and q.dtype == torch.bfloat16:  # the interpreter has no bf16
@@ -378,8 +374,7 @@ def check(device):
         for T, D, causal in ((130, 40, True), (257, 64, False), (512, 128, True), (300, 256, False)):
             q, k, v, do = (torch.randn(2, 2, T, D, device=device, dtype=dtype) for _ in range(4))
             found = row_errors(q, k, v, do, torch.full((2,), -math.log(T), device=device), is_causal=causal)
-            print(f"{str(dtype)[6:]:9}T={T} D={D:<4}{'causal' if causal else 'full':7}",
-                  *(f"{name} {error:.1e} " for name, error in found.items()))
+            print(f"{dtype} T={T} D={D} causal={causal}:", *(f"{name} {error:.1e}" for name, error in found.items()))
             if not all(error < tolerance for error in found.values()):
                 raise SystemExit(f"ERROR: an error above {tolerance}")
 
@@ -401,8 +396,7 @@ def benchmark():
 
     def flex_log_sigmoid(q, k, v, causal):  # softmax of log sigmoid, times what it divided by
         b = -math.log(k.shape[2])
-        out, lse = flex(q, k, v, score_mod=lambda s, *_: F.logsigmoid(s + b), block_mask=blocks if causal else None,
-                        return_lse=True)
+        out, lse = flex(q, k, v, lambda s, *_: F.logsigmoid(s + b), blocks if causal else None, return_lse=True)
         return out * lse.exp().unsqueeze(-1).to(out.dtype)
 
     def measure(f, flops):
@@ -412,10 +406,9 @@ def benchmark():
         peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
         return flops / triton.testing.do_bench(f, warmup=25, rep=100, return_mode="median") / 1e9, peak
 
-    peers = {"ours": lambda q, k, v, causal: sigmoid_attention(q, k, v, is_causal=causal),
-             "FA-2": partial(sdpa, SDPBackend.FLASH_ATTENTION), "cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
-             "eager": eager, "flex": flex_log_sigmoid}
-    rows = []
+    rows, peers = [], {"ours": lambda q, k, v, causal: sigmoid_attention(q, k, v, is_causal=causal),
+                       "FA-2": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+                       "cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION), "eager": eager, "flex": flex_log_sigmoid}
     print(f"{'TFLOP/s (GiB)':30}", *(f"{name:>12}" for name in peers))
     for D, T, causal in product((64, 128), (1024, 4096, 16384), (False, True)):
         q, k, v, do = (torch.randn(16384 // T, T, 2048 // D, D, device="cuda", dtype=torch.bfloat16,
@@ -427,8 +420,9 @@ def benchmark():
         for name, attention in peers.items():
             try:
                 out = attention(q, k, v, causal)
-                forward[name] = measure(lambda: attention(q, k, v, causal), flops)
-                backward[name] = measure(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True), 2.5 * flops)
+                grad = partial(torch.autograd.grad, out, (q, k, v), do, retain_graph=True)
+                forward[name] = measure(partial(attention, q, k, v, causal), flops)
+                backward[name] = measure(grad, 2.5 * flops)
             except torch.OutOfMemoryError:
                 forward[name] = backward[name] = math.nan, math.nan
         rows += [forward, backward]
@@ -442,10 +436,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Check the kernels against float64 and, on CUDA, time them.")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the table here")
     args = parser.parse_args(argv)
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    device, name = ("cuda", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("cpu", "CPU")
     print(f"{name}, torch {torch.__version__}, {'Triton kernels' if device in KERNEL_DEVICES else 'PyTorch reference'}")
+    torch.manual_seed(0)
     check(device)
     if device == "cuda":
         result = dict(device=name, torch=torch.__version__, triton=triton.__version__, rows=benchmark())
