@@ -7,8 +7,8 @@ What makes it train, in the paper and its released language-model configurations
 on, by b = -log n and ALiBi; normalise q and k; at scale, normalise what each branch adds, too ("hybrid norm"). Each of
 these is a flag. Tokens are bytes, so any file is a data set; the loss is in nats per byte.
 
-    python sigmoid_gpt.py                     trains on tiny shakespeare and writes a sample; times and losses: README.md
-    python sigmoid_gpt.py --compare           softmax, sigmoid, and sigmoid without its bias: loss, norms, speed
+    python sigmoid_gpt.py                    trains on tiny shakespeare and writes a sample; times and losses: README.md
+    python sigmoid_gpt.py --compare          softmax, sigmoid, and sigmoid without its bias: loss, norms, speed
     python sigmoid_gpt.py --sample --prompt "ROMEO:"
     torchrun --nproc_per_node 2 sigmoid_gpt.py
 
@@ -36,7 +36,7 @@ from data.text import load_text
 from flashsigmoid import KERNEL_DEVICES, sigmoid_attention
 
 DEFAULTS = {
-    "cpu": dict(layers=4, channels=128, heads=4, context=64, dropout=0.0, steps=3000, batch=16, lr=3e-3,
+    "cpu": dict(layers=4, channels=128, heads=4, context=64, dropout=0.0, steps=2500, batch=16, lr=3e-3,
                 weight_decay=1e-4, eval_interval=500),
     "gpu": dict(layers=6, channels=384, heads=6, context=256, dropout=0.4, steps=4000, batch=64, lr=1e-3,
                 weight_decay=2.0, eval_interval=250),
@@ -54,7 +54,7 @@ def alibi_slopes(heads):
 
 
 def rotate(x, positions):
-    """RoPE (arXiv 2104.09864) of x (B, H, T, D) at positions (T,): dimensions d and d + D/2 turn by t * 10000^(-2d/D)."""
+    """RoPE (arXiv 2104.09864) of x (B, H, T, D): at position t, dimensions d and d + D/2 turn by t * 10000^(-2d/D)."""
     half = x.shape[-1] // 2
     angle = positions[:, None] * 10000 ** (-torch.arange(half, device=x.device) / half)     # (T, D/2)
     a, b = x.float().chunk(2, -1)
@@ -99,15 +99,16 @@ class Block(nn.Module):
     def __init__(self, args):
         super().__init__()
         C, width = args.channels, math.ceil(8 / 3 * args.channels / 256) * 256
-        self.attn, self.up, self.down = Attention(args), nn.Linear(C, 2 * width, bias=False), nn.Linear(width, C, bias=False)
+        self.attn = Attention(args)
+        self.up, self.down = nn.Linear(C, 2 * width, bias=False), nn.Linear(width, C, bias=False)
         self.pre = nn.ModuleList(nn.RMSNorm(C, eps=1e-5) for _ in range(2))
         self.post = nn.ModuleList(nn.RMSNorm(C, eps=1e-5) if args.norm == "hybrid" else nn.Identity() for _ in range(2))
-        self.layer_scale = nn.ParameterList(torch.full((C,), args.layer_scale) for _ in range(2)) if args.layer_scale else None
+        self.scale = nn.ParameterList(torch.full((C,), args.layer_scale) for _ in range(2)) if args.layer_scale else None
         self.dropout = nn.Dropout(args.dropout)
 
     def add(self, x, branch, i):
         y = self.dropout(self.post[i](branch))
-        return x + y if self.layer_scale is None else x + self.layer_scale[i] * y
+        return x + y if self.scale is None else x + self.scale[i] * y
 
     def forward(self, x, positions, cache):
         x = self.add(x, self.attn(self.pre[0](x), positions, cache), 0)
@@ -151,12 +152,12 @@ def cross_entropy(model, windows):
 @torch.no_grad()
 def evaluate(model, windows):
     """Of windows (N, T + 1): the mean loss in nats, and the root mean square of the attention output, before its
-    projection, in the layer where it is largest. Depends neither on the batch size nor on the training's random numbers."""
+    projection, in the layer where it is largest. Draws no random numbers and knows no batch size."""
     found = []
     hooks = [block.attn.out.register_forward_pre_hook(lambda _, x: found.append(x[0].float().square().mean().sqrt()))
              for block in model.blocks]
     model.eval()
-    losses = [cross_entropy(model, some).mean(1).double() for some in windows.split(max(1, 2 ** 15 // windows.shape[1]))]
+    losses = [cross_entropy(model, some).mean(1).double() for some in windows.split(1 + 2 ** 15 // windows.shape[1])]
     model.train()
     for hook in hooks:
         hook.remove()
@@ -164,12 +165,12 @@ def evaluate(model, windows):
 
 
 @torch.no_grad()
-def generate(model, prompt, length, context, temperature=0.8, seed=0):
-    """prompt (bytes) and `length` sampled bytes. When the cache is full, the newest half of it is read again."""
+def generate(model, prompt, context, seed, length=500, temperature=0.8):
+    """prompt and `length` sampled bytes. When the cache is full, the newest half of it is read again."""
     model.eval()
     device = model.head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    text = torch.tensor([list(prompt)], device=device)                                      # (1, T)
+    text = torch.tensor([list(prompt.encode())], device=device)                             # (1, T)
     new, cache, start = text[:, -context:], {}, 0
     for _ in range(length):
         if start + new.shape[1] > context:
@@ -178,7 +179,7 @@ def generate(model, prompt, length, context, temperature=0.8, seed=0):
         start += new.shape[1]
         new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         text = torch.cat([text, new], 1)
-    return bytes(text[0].tolist())
+    return bytes(text[0].tolist()).decode(errors="replace")
 
 
 # -------- Training
@@ -211,37 +212,31 @@ def load_checkpoint(path, device, args=None):
 def train(args, tokens, device, autocast, out_dir):
     """Train on nine tenths of tokens (N,) uint8, validate on the rest; checkpoint.pt and log.jsonl go to out_dir.
 
-    Returns (model, metrics, curves); curves holds "loss" and "norm", lists of (step, value). Ctrl-C saves and exits.
-    """
+    Returns (model, metrics, curves); curves holds "loss" and "norm", lists of (step, value). Ctrl-C saves and exits."""
     began = time.time()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     train_tokens, val_tokens = tokens.to(device).tensor_split([len(tokens) * 9 // 10])
     torch.manual_seed(args.seed)
-    gpt = GPT(args).to(device)
-    mode = "reduce-overhead" if world == 1 else None  # CUDA graphs: to launch these small kernels takes longer than to run them
-    model = torch.compile(gpt, mode=mode) if device.type == "cuda" else gpt
-    model = DistributedDataParallel(model) if world > 1 else model
-    matrices, vectors = ([p for p in gpt.parameters() if (p.dim() > 1) == decayed] for decayed in (True, False))
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0)],
-                                  betas=(0.9, 0.95), fused=device.type != "mps")
-    batches = torch.Generator(device).manual_seed(args.seed)  # apart from dropout's: all arms of a comparison see equal batches
+    gpt = model = GPT(args).to(device)
+    if device.type == "cuda":  # CUDA graphs: to launch kernels this small takes longer than to run them
+        model = torch.compile(gpt, mode="reduce-overhead" if world == 1 else None)
+    if world > 1:
+        model = DistributedDataParallel(model)
+    matrices, vectors = ([p for p in gpt.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
     first, losses, norms = 0, [], []
     if args.resume:
         state = load_checkpoint(out_dir / "checkpoint.pt", device, args)
         gpt.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        batches.set_state(state["batches"].cpu())
-        torch.set_rng_state(state["rng"].cpu())
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
         first, losses, norms = state["step"], state["losses"], state["norms"]
+        if first >= args.steps:
+            fail(f"--resume: {out_dir} is at step {first}; allowed: --steps above that")
     if rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         log = open(out_dir / "log.jsonl", "a" if args.resume else "w", buffering=1)
         log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
-
-    if first >= args.steps:
-        fail(f"--resume: {out_dir} is at step {first}; allowed: --steps above that")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     offsets = torch.arange(args.context + 1, device=device)
@@ -254,9 +249,10 @@ def train(args, tokens, device, autocast, out_dir):
                 norms.append((step, evaluate(gpt, windows[:8])[1]))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        starts = torch.randint(len(train_tokens) - args.context, (args.batch,), generator=batches, device=device)
+        torch.manual_seed(1_000_003 * args.seed + step)  # batch and dropout depend on nothing else: resuming is exact
+        starts = torch.randint(len(train_tokens) - args.context, (args.batch,), device=device)[rank::world]
         with autocast:
-            loss = cross_entropy(model, train_tokens[starts[rank::world, None] + offsets]).mean()
+            loss = cross_entropy(model, train_tokens[starts[:, None] + offsets]).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()
@@ -279,12 +275,12 @@ def train(args, tokens, device, autocast, out_dir):
                 val_loss, rms = evaluate(gpt, windows)
             losses.append((step + 1, val_loss))
             norms.append((step + 1, rms))
-            log.write(json.dumps(dict(step=step + 1, train_loss=train_loss, val_loss=val_loss, attention_rms=rms)) + "\n")
+            record = dict(step=step + 1, train_loss=train_loss, val_loss=val_loss, attention_rms=rms)
+            log.write(json.dumps(record) + "\n")
             bar.write(f"step {step + 1}/{args.steps}  train {train_loss:.4f}  val {val_loss:.4f}")
             save_checkpoint(out_dir / "checkpoint.pt", dict(
-                model=gpt.state_dict(), optimizer=optimizer.state_dict(), batches=batches.get_state(), args=vars(args),
-                rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-                step=step + 1, losses=losses, norms=norms))
+                model=gpt.state_dict(), optimizer=optimizer.state_dict(), args=vars(args), step=step + 1, losses=losses,
+                norms=norms))
             tick = None
         if stop:
             fail(f"interrupted at step {step + 1} and saved\nHINT: --resume goes on", status=130)
@@ -295,7 +291,7 @@ def train(args, tokens, device, autocast, out_dir):
     if rank > 0:
         raise SystemExit
     metrics = dict(val_loss=val_loss, best_val_loss=min(loss for _, loss in losses), train_loss=train_loss,
-                   attention_rms_init=norms[0][1], attention_rms_early_max=max(rms for step, rms in norms if step < 200),
+                   attention_rms_init=norms[0][1], attention_rms_early=max(rms for step, rms in norms if step < 200),
                    tokens_per_s=counted * args.batch * args.context / max(seconds, 1e-9), seconds=time.time() - began)
     return gpt, metrics, dict(loss=losses, norm=norms)
 
@@ -304,24 +300,23 @@ def compare(args, tokens, device, autocast, out_dir):
     """The paper's claim: softmax, sigmoid, and sigmoid without the bias that keeps its output small, on equal batches.
 
     Returns (rows, {name: curves of the last seed})."""
-    arms = {"softmax": dict(attn="softmax"), f"sigmoid, b = {args.attn_bias:.2f}": {}, "sigmoid, b = 0": dict(attn_bias=0.0)}
     rows, curves = [], {}
-    for name, changes in arms.items():
+    for name, changes in (("softmax", dict(attn="softmax")), (f"sigmoid, b = {args.attn_bias:.2f}", dict(attn="sigmoid")),
+                          ("sigmoid, b = 0", dict(attn="sigmoid", attn_bias=0.0))):
         runs = []
         for seed in range(args.seed, args.seed + args.seeds):
-            arm = argparse.Namespace(**{**vars(args), "attn": "sigmoid", "seed": seed, **changes})
+            arm = argparse.Namespace(**vars(args) | changes | dict(seed=seed))
             folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
             _, metrics, curves[name] = train(arm, tokens, device, autocast, folder)
             runs.append(metrics)
-        rows.append(dict(name=name, seeds=args.seeds))
-        for key in runs[0]:
-            values = torch.tensor([run[key] for run in runs], dtype=torch.float64)
-            rows[-1][key], rows[-1][f"{key}_std"] = values.mean().item(), values.std(correction=min(1, len(runs) - 1)).item()
-    print(f"\n{args.seeds} seed(s), mean ± std{'val loss':>24}{'attention RMS, start':>24}{'early max':>18}{'tokens/s':>12}")
+        values = {key: torch.tensor([run[key] for run in runs], dtype=torch.float64) for key in runs[0]}
+        std = {f"{key}_std": value.std(correction=min(1, args.seeds - 1)).item() for key, value in values.items()}
+        rows.append(dict(name=name, seeds=args.seeds) | {key: value.mean().item() for key, value in values.items()} | std)
+    print(f"\n{f'mean ± std, seeds: {args.seeds}':22}{'val loss':>18}{'attention RMS at start':>26}{'in 200 steps':>22}")
     for row in rows:
         loss, start, early = (f"{row[key]:.4f} ± {row[key + '_std']:.4f}"
-                              for key in ("val_loss", "attention_rms_init", "attention_rms_early_max"))
-        print(f"{row['name']:22}{loss:>24}{start:>24}{early:>18}{row['tokens_per_s']:>12,.0f}")
+                              for key in ("val_loss", "attention_rms_init", "attention_rms_early"))
+        print(f"{row['name']:22}{loss:>18}{start:>26}{early:>22}{row['tokens_per_s']:>12,.0f} tokens/s")
     return rows, curves
 
 
@@ -357,26 +352,20 @@ def within(low, high=math.inf, kind=int):
 def parse(argv):
     there = [name for name, yes in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
                                     ("cpu", True)) if yes]
-    first = argparse.ArgumentParser(add_help=False)  # the two flags on which defaults depend
-    first.add_argument("--device", choices=there, default=there[0], help="of what this machine has")
-    first.add_argument("--compare", action="store_true", help="softmax, sigmoid, and sigmoid with b = 0, in one table")
-    parser = argparse.ArgumentParser(description="GPT with sigmoid self-attention (arXiv 2409.04431).", parents=[first],
+    parser = argparse.ArgumentParser(description="GPT with sigmoid self-attention (arXiv 2409.04431).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = first.error = fail
-    known, _ = first.parse_known_args(argv)
-    parser.set_defaults(**DEFAULTS["cpu" if known.device == "cpu" else "gpu"])
-    if known.compare and known.device == "cpu":
-        parser.set_defaults(steps=DEFAULTS["cpu"]["steps"] // 3)  # three runs in the time of one
+    parser.error = fail
+    parser.set_defaults(**DEFAULTS["cpu" if there[0] == "cpu" else "gpu"])
     data = parser.add_argument_group("data").add_argument
-    data("--data", nargs="+", metavar="NAME", help="shakespeare, python (the documentation inside Python), or paths of text "
-         "files and folders; None is shakespeare, or python where that can't be had")
+    data("--data", nargs="+", metavar="NAME", help="shakespeare, python (the documentation inside Python), or paths of "
+         "text files and folders; None is shakespeare, or python where that can't be had")
     model = parser.add_argument_group("model").add_argument
     model("--attn", choices=("sigmoid", "softmax"), default="sigmoid", help="attention")
     model("--attn_bias", type=within(-1e3, 1e3, kind=float), help="b of sigmoid attention; None is -log of the context")
     model("--pos", choices=("alibi", "rope", "learned", "none"), default="alibi", help="position embedding")
     model("--norm", choices=("pre", "hybrid"), default="hybrid", help="before each branch, or before and after")
     model("--qk_norm", action=argparse.BooleanOptionalAction, default=True, help="RMSNorm of q and k")
-    model("--layer_scale", type=within(0, kind=float), default=0.0, help="initial LayerScale of each branch, 0 for none")
+    model("--layer_scale", type=within(0, kind=float), default=0.0, help="initial LayerScale of a branch, 0 for none")
     model("--layers", type=within(1), help="blocks")
     model("--channels", type=within(1), help="width")
     model("--heads", type=within(1), help="attention heads, of 16 to 256 channels each")
@@ -397,17 +386,23 @@ def parse(argv):
     run("--sample", action="store_true", help="no training: write a sample from out_dir/checkpoint.pt")
     run("--prompt", default="\n", help="text that the sample continues")
     run("--eval_interval", type=within(1), help="steps between evaluations, each with a checkpoint")
+    run("--compare", action="store_true", help="softmax, sigmoid, and sigmoid with b = 0, in one table")
+    run("--device", choices=there, default=there[0], help="of what this machine has")
     args = parser.parse_args(argv)
+    if args.device == "cpu":  # once more, now that it is known what suits the run: three arms in the time of one
+        parser.set_defaults(**DEFAULTS["cpu"] | (dict(steps=DEFAULTS["cpu"]["steps"] // 3) if args.compare else {}))
+        args = parser.parse_args(argv)
     args.attn_bias = -math.log(args.context) if args.attn_bias is None else args.attn_bias
-    D = args.channels / args.heads
-    if D % 2 or not 16 <= D <= 256:
-        fail(f"--heads {args.heads}: a head has {D:g} of --channels {args.channels}; allowed: an even number, 16 to 256")
-    if not args.prompt:
-        fail("--prompt is empty; allowed: one byte or more")
-    if args.compare and args.resume:
-        fail("--resume with --compare; allowed: with a single run")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        fail("--plot needs the package matplotlib\nHINT: pip install matplotlib")
+    D, world = args.channels / args.heads, int(os.environ.get("WORLD_SIZE", 1))
+    for wrong, message in (
+            (D % 2 or not 16 <= D <= 256, f"--heads {args.heads}: a head has {D:g} channels; allowed: even, 16 to 256"),
+            (not args.prompt, "--prompt is empty; allowed: one byte or more"),
+            (args.compare and args.resume, "--resume with --compare; allowed: with a single run"),
+            (args.compare and world > 1, "--compare with torchrun; allowed: one process"),
+            (args.batch % world, f"--batch {args.batch} on {world} processes; allowed: a multiple"),
+            (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
+        if wrong:
+            fail(message)
     return args
 
 
@@ -420,11 +415,9 @@ def main(argv=None):
         state = load_checkpoint(out_dir / "checkpoint.pt", device)
         model = GPT(argparse.Namespace(**state["args"])).to(device)
         model.load_state_dict(state["model"])
-        print(generate(model, args.prompt.encode(), 500, state["args"]["context"], seed=args.seed).decode(errors="replace"))
+        print(generate(model, args.prompt, state["args"]["context"], args.seed))
         return None
     if "RANK" in os.environ:  # started by torchrun
-        if args.batch % int(os.environ["WORLD_SIZE"]) or args.compare:
-            fail(f"--batch {args.batch} on {os.environ['WORLD_SIZE']} processes; allowed: a multiple, and no --compare")
         if args.device == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -448,7 +441,8 @@ def main(argv=None):
     else:
         model, result, curves = train(args, tokens, device, autocast, out_dir)
         curves = {args.attn: curves}
-        print(generate(model, args.prompt.encode(), 500, args.context, seed=args.seed).decode(errors="replace") + "\n")
+        with autocast:
+            print(generate(model, args.prompt, args.context, args.seed) + "\n")
         for key, value in result.items():
             print(f"{key:26}{value:,.4f}")
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
