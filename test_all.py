@@ -1,20 +1,36 @@
 """Every test of the repository: `python test_all.py`. No GPU and no network needed; a GPU, if any, runs the kernels."""
+import contextlib
+import importlib.util
+import io
+import json
 import math
 import os
 import random
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 import unittest
+import urllib.error
 from itertools import product
+from pathlib import Path
+from unittest import mock
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels run on the CPU, in its interpreter
 
+import data.download
+import data.text
 import flashsigmoid
+import sigmoid_gpt
 from flashsigmoid import row_errors, sigmoid_attention, sigmoid_attention_reference, tl, triton
 
+ROOT = Path(__file__).parent
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -183,8 +199,225 @@ class FlashSigmoid(unittest.TestCase):
         for code in ("import flashsigmoid, torch\nassert not torch.cuda.is_initialized()",
                      "import sys\nsys.modules['triton'] = None\nimport flashsigmoid as f, torch\n"
                      "assert f.sigmoid_attention(*torch.ones(3, 1, 1, 2, 16), bias=0, scale=0).eq(1).all()"):
-            printed = subprocess.check_output([sys.executable, "-c", code], cwd=os.path.dirname(__file__), text=True)
+            printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
             self.assertEqual(printed, "")
+
+
+# -------- sigmoid_gpt.py and data/text.py
+
+TINY = f"--layers 2 --channels 32 --heads 2 --context 16 --batch 8 --dropout 0.1 --data {ROOT / 'test_all.py'}".split()
+
+
+def run(main, *flags):
+    """(what main returns or its exit status, what it printed); on the CPU, kernels are left to their own tests."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), \
+            mock.patch.object(flashsigmoid, "KERNEL_DEVICES", ("cuda",)):
+        try:
+            result = main([str(flag) for flag in flags])
+        except SystemExit as exit:
+            result = exit.code
+    return result, out.getvalue()
+
+
+class SigmoidGPT(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.out = Path(folder.name)
+
+    def train(self, *flags, out=None):
+        return run(sigmoid_gpt.main, *TINY, "--out_dir", out or self.out, *flags)
+
+    def weights(self, out):
+        return sigmoid_gpt.load_checkpoint(out / "checkpoint.pt", "cpu")["model"]
+
+    def test_learns(self):
+        result, printed = self.train("--steps", 240, "--eval_interval", 80)
+        self.assertLess(result["val_loss"], 2.9)  # at random 5.5, the frequencies of the bytes alone 3.4
+        self.assertIn("val_loss", printed)
+        log = [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines()]
+        self.assertEqual([record.get("step") for record in log], [None, 80, 160, 240])
+        self.assertEqual(json.loads((self.out / "metrics.json").read_text())["val_loss"], result["val_loss"])
+        _, sample = run(sigmoid_gpt.main, "--sample", "--prompt", "def ", "--out_dir", self.out)
+        self.assertTrue(sample.startswith("def ") and len(sample) > 400)
+
+    def test_resume_and_seed(self):
+        """Stopped after ten steps and resumed, a run ends with the same bits; another seed with others."""
+        save = sigmoid_gpt.save_checkpoint
+        with mock.patch.object(sigmoid_gpt, "save_checkpoint", lambda *x: save(*x) or sys.exit(9)):
+            self.assertEqual(self.train("--steps", 20, "--eval_interval", 10)[0], 9)
+        self.train("--steps", 20, "--eval_interval", 10, "--resume")
+        for name, seed in (("whole", 1337), ("other", 1)):
+            self.train("--steps", 20, "--eval_interval", 10, "--seed", seed, out=self.out / name)
+        resumed, whole, other = (self.weights(out) for out in (self.out, self.out / "whole", self.out / "other"))
+        self.assertTrue(all(resumed[key].equal(whole[key]) for key in whole))
+        self.assertFalse(resumed["head.weight"].equal(other["head.weight"]))
+        status, printed = self.train("--resume", "--pos", "rope", "--layers", 3)
+        self.assertEqual((status, printed.count("there")), (2, 2), printed)
+
+    def test_interrupt_and_kill(self):
+        """Ctrl-C ends the step, saves and exits with 130; a kill in the middle of a write leaves the old checkpoint."""
+        command = [sys.executable, "sigmoid_gpt.py", *TINY, "--out_dir", str(self.out), "--steps", "100000"]
+        environment = os.environ | {"TRITON_INTERPRET": "0"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        log = self.out / "log.jsonl"
+        while process.poll() is None and not log.exists():
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=120)[0].decode()
+        self.assertEqual(process.returncode, 130, printed)
+        step = sigmoid_gpt.load_checkpoint(self.out / "checkpoint.pt", "cpu")["step"]
+        self.assertIn(f"interrupted at step {step}", printed)
+        code = ("import os, pathlib, sys, torch, sigmoid_gpt\n"
+                "torch.save = lambda state, path: (path.write_bytes(b'half'), os.kill(os.getpid(), 9))\n"
+                "sigmoid_gpt.save_checkpoint(pathlib.Path(sys.argv[1]), {})")
+        killed = subprocess.run([sys.executable, "-c", code, self.out / "checkpoint.pt"], cwd=ROOT)
+        self.assertEqual(killed.returncode, -signal.SIGKILL)
+        self.assertEqual(sigmoid_gpt.load_checkpoint(self.out / "checkpoint.pt", "cpu")["step"], step)
+
+    def test_every_choice_trains_and_decodes(self):
+        """Each option takes a step, and logits from the cache, one byte at a time, are those of the whole text."""
+        text = torch.randint(256, (2, 16))
+        for flags in ("--pos alibi", "--pos rope", "--pos learned", "--pos none", "--norm pre", "--layer_scale 0.1",
+                      "--no-qk_norm", "--attn softmax", "--attn softmax --pos rope", "--attn_bias 0 --heads 1"):
+            with self.subTest(flags):
+                result, printed = self.train("--steps", 1, *flags.split())
+                self.assertIsInstance(result, dict, printed)
+                state = sigmoid_gpt.load_checkpoint(self.out / "checkpoint.pt", "cpu")
+                model = sigmoid_gpt.GPT(sigmoid_gpt.argparse.Namespace(**state["args"])).eval()
+                with torch.no_grad(), mock.patch.object(flashsigmoid, "KERNEL_DEVICES", ("cuda",)):
+                    cache = {}
+                    parts = [model(text[:, :7], 0, cache)] + [model(text[:, t:t + 1], t, cache) for t in range(7, 16)]
+                    torch.testing.assert_close(torch.cat(parts, 1), model(text), atol=1e-4, rtol=1e-4)
+
+    def test_kernels_train(self):
+        """Through the Triton kernels, interpreted where there is no GPU, two steps give what the reference gives."""
+        losses = []
+        for devices in (("cuda",), flashsigmoid.KERNEL_DEVICES):
+            with mock.patch.object(flashsigmoid, "KERNEL_DEVICES", devices):
+                args = sigmoid_gpt.parse(TINY + ["--dropout", "0"])
+                torch.manual_seed(0)
+                model = sigmoid_gpt.GPT(args).to(DEVICE)
+                optimizer = torch.optim.SGD(model.parameters(), 0.1)
+                for _ in range(2):
+                    loss = sigmoid_gpt.cross_entropy(model, torch.arange(34, device=DEVICE).view(2, 17)).mean()
+                    loss.backward()
+                    optimizer.step()
+                losses.append(loss.item())
+        self.assertAlmostEqual(*losses, places=4)
+
+    def test_evaluation_is_apart_from_training(self):
+        model, windows = sigmoid_gpt.GPT(sigmoid_gpt.parse(TINY)), torch.randint(256, (300, 17))
+        with mock.patch.object(flashsigmoid, "KERNEL_DEVICES", ("cuda",)):
+            state = torch.get_rng_state()
+            loss = sigmoid_gpt.evaluate(model, windows)[0]
+            self.assertTrue(torch.get_rng_state().equal(state) and model.training)
+            halves = [sigmoid_gpt.evaluate(model, half)[0] for half in windows.chunk(2)]
+        self.assertAlmostEqual(loss, sum(halves) / 2, places=5)
+
+    def test_compare(self):
+        plot = ["--plot", self.out / "x.png"] if importlib.util.find_spec("matplotlib") else []
+        result, printed = self.train("--compare", "--seeds", 2, "--steps", 5, "--pos", "none", *plot)
+        softmax, sigmoid, without = result["rows"]
+        self.assertEqual(softmax["name"], "softmax")
+        self.assertGreater(softmax["val_loss_std"], 0)
+        self.assertGreater(without["attention_rms_init"], 3 * sigmoid["attention_rms_init"])  # the paper's explanation
+        self.assertEqual(json.loads((self.out / "metrics.json").read_text())["rows"], result["rows"])
+        self.assertTrue(not plot or (self.out / "x.png").stat().st_size > 5000)
+
+    def test_two_processes(self):
+        """torchrun with two processes takes the batches, and finds the loss, of one."""
+        flags = [*TINY, "--steps", "10", "--dropout", "0", "--device", "cpu", "--out_dir", str(self.out)]
+        launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 sigmoid_gpt.py".split()]
+        environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+        subprocess.run(launch + flags, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
+        two = json.loads((self.out / "metrics.json").read_text())
+        one, _ = run(sigmoid_gpt.main, *flags)
+        for key in ("val_loss", "train_loss"):
+            self.assertAlmostEqual(one[key], two[key], delta=1e-4)
+
+    def test_bad_input(self):
+        for name, content in (("empty.txt", b""), ("binary.bin", b"a\0b" * 99), ("short.txt", b"too short")):
+            (self.out / name).write_bytes(content)
+        for flags, words in (("--steps 0", "--steps 0; allowed: 1"), ("--dropout nan", "--dropout nan; allowed: 0"),
+                             ("--attn x", "--attn.*'x'"), ("--heads 3", "--heads 3.*allowed"), ("--seed x", "--seed.*'x'"),
+                             ("--nonsense", "--nonsense"), ("--data nowhere", "nowhere: no such file"),
+                             (f"--data {self.out}/empty.txt", "empty.txt.*empty"), ("--device tpu", "--device.*'tpu'"),
+                             (f"--data {self.out}/binary.bin", "binary.bin.*NUL"), ("--resume", "checkpoint.pt"),
+                             (f"--data {self.out}/short.txt", "short.txt holds 9 bytes"),
+                             ("--sample", "checkpoint.pt"), ("--compare --resume", "--resume")):
+            with self.subTest(flags):
+                status, printed = self.train(*flags.split())
+                self.assertEqual(status, 2)
+                self.assertRegex(printed, f"ERROR: .*{words}")
+                self.assertLessEqual(len(re.findall("^(?!HINT)", printed, re.M)), 3, printed)
+        status, printed = self.train("--steps", 30, "--lr", 1e30, "--warmup", 0, "--no-qk_norm", "--norm", "pre")
+        self.assertEqual(status, 1, printed)
+        self.assertRegex(printed, "ERROR: loss (nan|inf) at step 9, learning rate")
+
+    def test_alibi_slopes(self):
+        twelve = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625, 0.7071, 0.3536, 0.1768, 0.0884]
+        torch.testing.assert_close(sigmoid_gpt.alibi_slopes(12), torch.tensor(twelve), atol=1e-4, rtol=0)
+
+
+class TextData(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        for module in (data.download, data.text):
+            patch = mock.patch.object(module, "CACHE", self.folder / "cache")
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_download_and_cache(self):
+        source, content = self.folder / "source.txt", b"to be or not to be"
+        source.write_bytes(content)
+        arguments = "x/y.txt", source.as_uri(), data.download.checksum(content)
+        self.assertEqual(data.download.cached(*arguments), content)
+        source.unlink()
+        self.assertEqual(data.download.cached(*arguments), content)  # the cache needs no network
+        (self.folder / "cache/x/y.txt").write_bytes(content[:-1])
+        with self.assertRaisesRegex(ValueError, f"y.txt: sha256 [0-9a-f]+, expected {arguments[2]}"):
+            data.download.cached(*arguments)
+        source.write_bytes(b"something else")
+        self.assertRaises(ValueError, data.download.cached, "x/z.txt", *arguments[1:])
+        self.assertEqual([path.name for path in (self.folder / "cache/x").iterdir()], ["y.txt"])  # nothing bad was kept
+
+    def test_offline(self):
+        offline = mock.patch("urllib.request.urlopen", side_effect=urllib.error.URLError("no network"))
+        with offline, contextlib.redirect_stdout(io.StringIO()) as out:
+            tokens, name = data.text.load_text()
+            self.assertRaisesRegex(OSError, "HINT: put the file at", data.text.load_text, ["shakespeare"])
+        self.assertEqual((name, out.getvalue().count("\n")), ("python", 1))
+        self.assertTrue(len(tokens) > 100_000 and tokens.dtype == torch.uint8)
+
+    def test_own_files(self):
+        for name, content in (("a.txt", "ä"), ("b/c.txt", "c"), (".hidden", "h"), ("d.bin", "\0")):
+            (self.folder / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / "own" / name).write_text(content)
+        tokens, _ = data.text.load_text([str(self.folder / "own"), str(self.folder / "own/a.txt")])
+        self.assertEqual(bytes(tokens.tolist()).decode(), "ä\nc\nä")
+
+
+class Repository(unittest.TestCase):
+    def test_lines(self):
+        budgets = {"flashsigmoid.py": 450, "sigmoid_gpt.py": 450, "test_all.py": 650}
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+            lines = path.read_text().splitlines()
+            self.assertLessEqual(len(lines), budgets.get(path.name, 90), path)
+            self.assertEqual([line for line in lines if len(line) > 120], [], path)
+
+    def test_commands_of_the_readme(self):
+        commands = re.findall(r"^(?:python|torchrun --nproc_per_node 2) (\w+\.py)(.*?)(?:  #.*)?$",
+                              (ROOT / "README.md").read_text(), re.M)
+        self.assertGreater(len(commands), 5)
+        for script, flags in commands:
+            self.assertTrue((ROOT / script).exists(), script)
+            if script == "sigmoid_gpt.py":
+                sigmoid_gpt.parse(shlex.split(flags))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ def checksum(content):
 def cached(name, url, sha256, decode=lambda content: content):
     """The decoded content of CACHE/name as bytes; downloaded first where it is missing.
 
-    sha256 is that of the decoded content. Raises OSError where the file can be neither read nor downloaded, and ValueError
-    that names it where its content is not what it should be; such a file is never used, and a bad download never kept.
+    sha256 is that of the decoded content. Raises OSError where the file can be neither read nor downloaded, and
+    ValueError that names it where its content is not what it should be: such a file is never used, nor kept.
     """
     path = CACHE / name
     fresh = not path.exists()

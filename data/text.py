@@ -1,4 +1,4 @@
-"""Text as bytes: tiny shakespeare, the documentation that ships inside Python, or your own files. Vocabulary: 256 bytes."""
+"""Text as bytes: tiny shakespeare, the documentation that ships inside Python, or files of your own."""
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +13,21 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 def load_text(sources=None):
     """(tokens (N,) uint8, name). Sources: None, ["shakespeare"], ["python"], or paths of files and folders.
 
-    None takes tiny shakespeare and, where that is neither in the cache nor to be had, the text inside Python. Raises OSError
-    or ValueError, with one line that names the file and says what to do.
+    None takes tiny shakespeare and, where that is neither in the cache nor to be had, the text inside Python. Raises
+    OSError or ValueError that name the file and what to do.
     """
     if sources is None:
         try:
             return load_text(["shakespeare"])
         except OSError as error:
-            print(f"tiny shakespeare: no download ({error.__cause__}), so the text that ships with Python: --data python")
+            print(f"tiny shakespeare: no download ({error.__cause__}), so --data python, the text that ships with it")
             return load_text(["python"])
     if sources == ["shakespeare"]:
         try:
             content = cached("shakespeare/input.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
         except OSError as error:
             raise OSError(f"tiny shakespeare is not in the cache and {SHAKESPEARE_URL} gave: {error}\n"
-                          f"HINT: put the file at {CACHE / 'shakespeare' / 'input.txt'}, or use --data python") from error
+                          f"HINT: put it at {CACHE / 'shakespeare' / 'input.txt'}, or use --data python") from error
     elif sources == ["python"]:
         from pydoc_data.topics import topics  # the language reference, about 0.7 MB of English
         content = "\n".join(topics[name] for name in sorted(topics)).encode()
@@ -43,15 +43,15 @@ def text_files(path):
         raise FileNotFoundError(f"{path}: no such file or folder; allowed: shakespeare, python, or paths of text")
     if path.is_file():
         return [path]
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and not any(x.startswith(".") for x in p.relative_to(path).parts)]
-    files = [p for p in files if b"\0" not in p.open("rb").read(1024)]
+    files = [p for p in sorted(path.rglob("[!.]*")) if p.is_file() and "/." not in p.relative_to(path).as_posix()]
+    files = [p for p in files if p.stat().st_size and b"\0" not in p.read_bytes()]
     if not files:
         raise ValueError(f"{path}: no text file in this folder")
     return files
 
 
 def read(path):
-    """The bytes of a text file. Raises ValueError where it is empty or holds a NUL byte, OSError where it cannot be read."""
+    """The bytes of a text file. Raises ValueError where it is empty or no text, OSError where it cannot be read."""
     content = path.read_bytes()
     if not content:
         raise ValueError(f"{path}: the file is empty")
