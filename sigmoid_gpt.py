@@ -276,7 +276,7 @@ def train(args, tokens, device, autocast, out_dir):
             save_checkpoint(out_dir / "checkpoint.pt", dict(state, step=step + 1, losses=losses, norms=norms))
             tick = None
         if stop:
-            fail(f"interrupted at step {step + 1} and saved\nHINT: --resume goes on", status=130)
+            fail(f"interrupted at step {step + 1}; {out_dir / 'checkpoint.pt'} is saved, --resume goes on", status=130)
     bar.close()
     signal.signal(signal.SIGINT, previous)
     if world > 1:
@@ -366,7 +366,7 @@ def parse(argv):
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=1337, help="of weights, batches, dropout and sample")
     run("--plot", metavar="FILE.png", help="draw losses and attention norms")
-    run("--out_dir", type=Path, default=Path("out/sigmoid_gpt"), help="for checkpoint.pt, log.jsonl, metrics.json")
+    run("--out_dir", default="out/sigmoid_gpt", help="for checkpoint.pt, log.jsonl, metrics.json")
     run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit")
     run("--sample", action="store_true", help="no training: write a sample from out_dir/checkpoint.pt")
     run("--prompt", default="\n", help="text that the sample continues")
@@ -387,9 +387,9 @@ def parse(argv):
             (args.dropout >= 1, f"--dropout {args.dropout}; allowed: below 1"),
             (D % 2 or not 16 <= D <= 256, f"--heads {args.heads}: a head has {D:g} channels; allowed: even, 16 to 256"),
             (not args.prompt, "--prompt is empty; allowed: one byte or more"),
-            (args.compare and args.resume, "--resume with --compare; allowed: with a single run"),
-            (args.compare and world > 1, "--compare with torchrun; allowed: one process"),
+            (args.compare and (args.resume or world > 1), "--compare; allowed: without --resume, in one process"),
             (args.batch % world, f"--batch {args.batch} on {world} processes; allowed: a multiple"),
+            (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
             fail(message)
@@ -397,16 +397,14 @@ def parse(argv):
 
 
 def main(argv=None):
-    """Train, compare or sample as the flags say; returns what metrics.json holds, or the sample."""
+    """Train, compare or sample, as the flags say; returns what is in metrics.json."""
     args = parse(argv)
-    out_dir, device = args.out_dir, torch.device(args.device)
-    args.out_dir = str(out_dir)
+    out_dir, device = Path(args.out_dir), torch.device(args.device)
     if args.sample:
         state = load_checkpoint(out_dir / "checkpoint.pt", device)
         model = GPT(argparse.Namespace(**state["args"])).to(device)
         model.load_state_dict(state["model"])
-        print(generate(model, args.prompt, state["args"]["context"], args.seed))
-        return None
+        return print(generate(model, args.prompt, state["args"]["context"], args.seed))
     if "RANK" in os.environ:  # started by torchrun
         if args.device == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -205,7 +205,8 @@ class FlashSigmoid(unittest.TestCase):
 
 # -------- sigmoid_gpt.py and data/text.py
 
-TINY = f"--layers 2 --channels 32 --heads 2 --context 16 --batch 8 --dropout 0.1 --data {ROOT / 'test_all.py'}".split()
+TINY = "--device cpu --layers 2 --channels 32 --heads 2 --context 16 --batch 8 --dropout 0.1 --data".split()
+TINY += [str(ROOT / "test_all.py")]
 
 
 def run(main, *flags):
@@ -329,7 +330,7 @@ class SigmoidGPT(unittest.TestCase):
 
     def test_two_processes(self):
         """torchrun with two processes takes the batches, and finds the loss, of one."""
-        flags = [*TINY, "--steps", "10", "--dropout", "0", "--device", "cpu", "--out_dir", str(self.out)]
+        flags = [*TINY, "--steps", "10", "--dropout", "0", "--out_dir", str(self.out)]
         launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 sigmoid_gpt.py".split()]
         environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
         subprocess.run(launch + flags, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
@@ -347,7 +348,8 @@ class SigmoidGPT(unittest.TestCase):
                              (f"--data {self.out}/empty.txt", "empty.txt.*empty"), ("--device tpu", "--device.*'tpu'"),
                              (f"--data {self.out}/binary.bin", "binary.bin.*NUL"), ("--resume", "checkpoint.pt"),
                              (f"--data {self.out}/short.txt", "short.txt holds 9 bytes"),
-                             ("--sample", "checkpoint.pt"), ("--compare --resume", "--resume")):
+                             ("--sample", "checkpoint.pt"), ("--compare --resume", "--compare.*allowed"),
+                             ("--plot nowhere/x.png", "--plot nowhere/x.png")):
             with self.subTest(flags):
                 status, printed = self.train(*flags.split())
                 self.assertEqual(status, 2)
