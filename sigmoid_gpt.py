@@ -323,7 +323,7 @@ def plot(path, curves):
         left.plot(*zip(*curve["loss"]), label=name, marker=".")
         right.plot(*zip(*curve["norm"]), label=name, marker=".")
     left.set(xlabel="step", ylabel="validation loss, nats per byte")
-    right.set(xlabel="step", ylabel="RMS of the attention output", xscale="symlog", yscale="log")
+    right.set(xlabel="step, early", ylabel="RMS of the attention output", yscale="log", xlim=(-5, 205))
     left.legend(frameon=False)
     figure.savefig(path, dpi=150)
 

@@ -343,8 +343,8 @@ class SigmoidGPT(unittest.TestCase):
         for name, content in (("empty.txt", b""), ("binary.bin", b"a\0b" * 99), ("short.txt", b"too short")):
             (self.out / name).write_bytes(content)
         for flags, words in (("--steps 0", "--steps 0; allowed: 1"), ("--dropout nan", "--dropout nan; allowed: 0"),
-                             ("--attn x", "--attn.*'x'"), ("--heads 3", "--heads 3.*allowed"), ("--seed x", "--seed.*'x'"),
-                             ("--nonsense", "--nonsense"), ("--data nowhere", "nowhere: no such file"),
+                             ("--attn x", "--attn.*'x'"), ("--heads 3", "--heads 3.*allowed"),
+                             ("--seed x", "--seed.*'x'"), ("--nonsense", "--nonsense"), ("--data nowhere", "nowhere: no such"),
                              (f"--data {self.out}/empty.txt", "empty.txt.*empty"), ("--device tpu", "--device.*'tpu'"),
                              (f"--data {self.out}/binary.bin", "binary.bin.*NUL"), ("--resume", "checkpoint.pt"),
                              (f"--data {self.out}/short.txt", "short.txt holds 9 bytes"),
@@ -392,7 +392,7 @@ class TextData(unittest.TestCase):
         offline = mock.patch("urllib.request.urlopen", side_effect=urllib.error.URLError("no network"))
         with offline, contextlib.redirect_stdout(io.StringIO()) as out:
             tokens, name = data.text.load_text()
-            self.assertRaisesRegex(OSError, "HINT: put the file at", data.text.load_text, ["shakespeare"])
+            self.assertRaisesRegex(OSError, "HINT: put it at", data.text.load_text, ["shakespeare"])
         self.assertEqual((name, out.getvalue().count("\n")), ("python", 1))
         self.assertTrue(len(tokens) > 100_000 and tokens.dtype == torch.uint8)
 
