@@ -342,14 +342,14 @@ class SigmoidGPT(unittest.TestCase):
     def test_bad_input(self):
         for name, content in (("empty.txt", b""), ("binary.bin", b"a\0b" * 99), ("short.txt", b"too short")):
             (self.out / name).write_bytes(content)
-        for flags, words in (("--steps 0", "--steps 0; allowed: 1"), ("--dropout nan", "--dropout nan; allowed: 0"),
-                             ("--attn x", "--attn.*'x'"), ("--heads 3", "--heads 3.*allowed"),
-                             ("--seed x", "--seed.*'x'"), ("--nonsense", "--nonsense"), ("--data nowhere", "nowhere: no such"),
-                             (f"--data {self.out}/empty.txt", "empty.txt.*empty"), ("--device tpu", "--device.*'tpu'"),
-                             (f"--data {self.out}/binary.bin", "binary.bin.*NUL"), ("--resume", "checkpoint.pt"),
-                             (f"--data {self.out}/short.txt", "short.txt holds 9 bytes"),
-                             ("--sample", "checkpoint.pt"), ("--compare --resume", "--compare.*allowed"),
-                             ("--plot nowhere/x.png", "--plot nowhere/x.png")):
+        for flags, words in (
+                ("--steps 0", "--steps 0; allowed: 1"), ("--dropout nan", "--dropout nan; allowed: 0"),
+                ("--attn x", "--attn.*'x'"), ("--heads 3", "--heads 3.*allowed"), ("--seed x", "--seed.*'x'"),
+                ("--nonsense", "--nonsense"), ("--device tpu", "--device.*'tpu'"), ("--resume", "checkpoint.pt"),
+                ("--sample", "checkpoint.pt"), ("--compare --resume", "--compare.*allowed"),
+                ("--plot nowhere/x.png", "--plot nowhere/x.png"), ("--data nowhere", "nowhere: no such file"),
+                (f"--data {self.out}/empty.txt", "empty.txt.*empty"), (f"--data {self.out}/binary.bin", "binary.bin.*NUL"),
+                (f"--data {self.out}/short.txt", "short.txt holds 9 bytes")):
             with self.subTest(flags):
                 status, printed = self.train(*flags.split())
                 self.assertEqual(status, 2)
