@@ -348,7 +348,8 @@ class SigmoidGPT(unittest.TestCase):
                 ("--nonsense", "--nonsense"), ("--device tpu", "--device.*'tpu'"), ("--resume", "checkpoint.pt"),
                 ("--sample", "checkpoint.pt"), ("--compare --resume", "--compare.*allowed"),
                 ("--plot nowhere/x.png", "--plot nowhere/x.png"), ("--data nowhere", "nowhere: no such file"),
-                (f"--data {self.out}/empty.txt", "empty.txt.*empty"), (f"--data {self.out}/binary.bin", "binary.bin.*NUL"),
+                (f"--data {self.out}/empty.txt", "empty.txt.*empty"),
+                (f"--data {self.out}/binary.bin", "binary.bin.*NUL"),
                 (f"--data {self.out}/short.txt", "short.txt holds 9 bytes")):
             with self.subTest(flags):
                 status, printed = self.train(*flags.split())
