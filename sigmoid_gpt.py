@@ -7,7 +7,7 @@ What makes it train, in the paper and its released language-model configurations
 on, by b = -log n and ALiBi; normalise q and k; at scale, normalise what each branch adds, too ("hybrid norm"). Each of
 these is a flag. Tokens are bytes, so any file is a data set; the loss is in nats per byte.
 
-    python sigmoid_gpt.py                 trains on tiny shakespeare and writes a sample; 2-core CPU: 1.61 in 3 minutes
+    python sigmoid_gpt.py                 trains on tiny shakespeare and writes a sample; 2-core CPU: 1.62 in 3 minutes
     python sigmoid_gpt.py --compare       softmax, sigmoid, and sigmoid without its bias: loss, norms, speed
     python sigmoid_gpt.py --sample --prompt "ROMEO:"          torchrun --nproc_per_node 2 sigmoid_gpt.py
 

@@ -99,7 +99,7 @@ class FlashSigmoid(unittest.TestCase):
     def test_weights(self):
         x = torch.linspace(-128, 80, 4096, device=DEVICE)
         x[:4] = torch.tensor([-math.inf, -1e4, math.inf, math.nan])
-        for EXACT, tolerance in ((False, 1.5e-4), (True, 1e-5)):
+        for EXACT, tolerance in ((False, 1.2e-4), (True, 1e-5)):
             p, masked = torch.full((2, 4096), -1.0, device=DEVICE)
             weights_kernel[(1,)](x, p, 4096, 4096, False, EXACT)
             weights_kernel[(1,)](x, masked, 2048, 4096, True, EXACT)
@@ -398,7 +398,7 @@ class TextData(unittest.TestCase):
         self.assertTrue(len(tokens) > 100_000 and tokens.dtype == torch.uint8)
 
     def test_own_files(self):
-        for name, content in (("a.txt", "ä"), ("b/c.txt", "c"), (".hidden", "h"), ("d.bin", "\0")):
+        for name, content in (("a.txt", "ä"), ("b/c.txt", "c"), (".hidden", "h"), (".git/x", "x"), ("d.bin", "\0")):
             (self.folder / "own" / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / "own" / name).write_text(content)
         tokens, _ = data.text.load_text([str(self.folder / "own"), str(self.folder / "own/a.txt")])

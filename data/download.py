@@ -14,27 +14,22 @@ def checksum(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def cached(name, url, sha256, decode=lambda content: content):
-    """The decoded content of CACHE/name as bytes; downloaded first where it is missing.
+def cached(name, url, sha256):
+    """The bytes of CACHE/name, downloaded first where it is missing.
 
-    sha256 is that of the decoded content. Raises OSError where the file can be neither read nor downloaded, and
-    ValueError that names it where its content is not what it should be: such a file is never used, nor kept.
+    Raises OSError where the file can be neither read nor downloaded, and ValueError that names it where its content is
+    not what it should be: such a file is never used, nor kept.
     """
     path = CACHE / name
     fresh = not path.exists()
-    raw = download(url) if fresh else path.read_bytes()
-    try:
-        content = decode(raw)
-        found = checksum(content)
-    except (OSError, EOFError, ValueError) as error:  # a truncated archive
-        content, found = None, f"undecodable ({error})"
-    if found != sha256:
-        raise ValueError(f"{url if fresh else path}: sha256 {found}, expected {sha256}\n"
+    content = download(url) if fresh else path.read_bytes()
+    if checksum(content) != sha256:
+        raise ValueError(f"{url if fresh else path}: sha256 {checksum(content)}, expected {sha256}\n"
                          f"HINT: delete {path} to download it again from {url}")
     if fresh:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_bytes(raw)
+        part.write_bytes(content)
         part.replace(path)
     return content
 

@@ -29,29 +29,27 @@ def load_text(sources=None):
             raise OSError(f"tiny shakespeare is not in the cache and {SHAKESPEARE_URL} gave: {error}\n"
                           f"HINT: put it at {CACHE / 'shakespeare' / 'input.txt'}, or use --data python") from error
     elif sources == ["python"]:
-        from pydoc_data.topics import topics  # the language reference, about 0.7 MB of English
+        from pydoc_data.topics import topics  # the language reference, about half a MB of English
         content = "\n".join(topics[name] for name in sorted(topics)).encode()
     else:
-        content = b"\n".join(read(path) for source in sources for path in text_files(Path(source)))
+        content = b"\n".join(read(Path(source)) for source in sources)
     tokens = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
     return tokens, " ".join(str(source) for source in sources)
 
 
-def text_files(path):
-    """The file itself, or every text file below the folder in sorted order, hidden ones left out."""
+def read(path):
+    """The bytes of a text file, or of all text files below a folder in sorted order, hidden ones left out.
+
+    Raises ValueError where there is nothing to read or no text, OSError where a file cannot be read."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        seen = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        texts = [content for p in seen if (content := p.read_bytes()) and b"\0" not in content]
+        if not texts:
+            raise ValueError(f"{path}: no text file in this folder")
+        return b"\n".join(texts)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; allowed: shakespeare, python, or paths of text")
-    if path.is_file():
-        return [path]
-    files = [p for p in sorted(path.rglob("[!.]*")) if p.is_file() and "/." not in p.relative_to(path).as_posix()]
-    files = [p for p in files if p.stat().st_size and b"\0" not in p.read_bytes()]
-    if not files:
-        raise ValueError(f"{path}: no text file in this folder")
-    return files
-
-
-def read(path):
-    """The bytes of a text file. Raises ValueError where it is empty or no text, OSError where it cannot be read."""
     content = path.read_bytes()
     if not content:
         raise ValueError(f"{path}: the file is empty")
