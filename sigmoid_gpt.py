@@ -259,6 +259,7 @@ def train(args, tokens, device, autocast, out_dir):
                 dist.all_reduce(loss.detach())
             train_loss = loss.item() / world  # waits for the device, so that the clock tells the truth
             if not math.isfinite(train_loss):
+                bar.close()
                 fail(f"loss {train_loss} at step {step}, learning rate {lr:.2e}", status=1)
             if tick:
                 seconds, counted = seconds + time.time() - tick[0], counted + step - tick[1]
@@ -276,6 +277,7 @@ def train(args, tokens, device, autocast, out_dir):
             save_checkpoint(out_dir / "checkpoint.pt", dict(state, step=step + 1, losses=losses, norms=norms))
             tick = None
         if stop:
+            bar.close()
             fail(f"interrupted at step {step + 1}; {out_dir / 'checkpoint.pt'} is saved, --resume goes on", status=130)
     bar.close()
     signal.signal(signal.SIGINT, previous)
