@@ -28,7 +28,8 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-    KERNEL_DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)  # cpu with TRITON_INTERPRET=1
+    COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+    KERNEL_DEVICES = ("cuda",) if COMPILED else ("cuda", "cpu")  # cpu with TRITON_INTERPRET=1
 except ImportError:  # no Triton for this platform: everything runs on the PyTorch reference
     class triton: jit = staticmethod(lambda kernel: kernel)
     class tl: constexpr = int
@@ -102,30 +103,44 @@ def key_range(i, k_len, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr
 
 
 @triton.jit
-def weights(s, i, j, k_len, scale, bias, slope, ALIBI: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+def weights(s, i, j, k_len, scale, bias, slope, ALIBI: tl.constexpr, CAUSAL: tl.constexpr, MASK, GRAD: tl.constexpr,
             EXACT: tl.constexpr):
     """P = sigmoid(x) and z = exp(-x) of x = scale * s + bias - slope * |i - j|; s is an fp32 tile, P = 0 where masked.
 
     z takes one ex2. The reciprocal of y = A (1 + z) takes no second one: the bits of y subtracted from a constant are a
-    first guess, and a Newton step with tuned A and C leaves a relative error of P below 1.2e-4 for every logit, where
-    tanh.approx is off by up to 32 % (x < -10, as with b = -log 65536). EXACT, for fp32 inputs, divides. The gradient
-    takes 1 - P = P z, which does not cancel.
+    first guess r, and a Newton step with tuned A and C leaves a relative error of P below 1.2e-4 for every logit, where
+    tanh.approx is off by up to 32 % (x < -10, as with b = -log 65536). EXACT, for fp32 inputs, divides.
+    GRAD needs 1 - P = P z, which does not cancel, and stops z where r and so P is 0. Otherwise y and r are scaled so
+    that r stays positive up to y = inf, and P there is -inf, which `narrow` makes 0.
     """
-    A: tl.constexpr = 0.51512199
-    C: tl.constexpr = 1.4355202
-    LIMIT: tl.constexpr = 2.33527466e38  # where y has the bits 0x7EB50000, so that P = 0; beyond, r would be negative
+    A: tl.constexpr = 0.51512199 if GRAD else 0.51512199 * 64
+    C: tl.constexpr = 1.4355202 if GRAD else 1.4355202 * 8
+    GUESS: tl.constexpr = 0x7EB50000 if GRAD else -0x7FCB0000  # 3 exponents up, past the sign bit
+    LIMIT: tl.constexpr = 2.33527466e38  # where y has the bits 0x7EB50000
     LOG2_E: tl.constexpr = 1.44269504
     e = s * (-scale * LOG2_E) - bias * LOG2_E
     if ALIBI:
         e += (slope * LOG2_E) * tl.abs(i - j).to(tl.float32)
     if MASK:
-        e = tl.where((j < k_len) & (i >= j) if CAUSAL else j < k_len, e, float("inf"))
-    z = tl.minimum(tl.exp2(e), LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        e = tl.where(j < (tl.minimum(k_len, i + 1) if CAUSAL else k_len), e, float("inf"))
+    z = tl.exp2(e)
+    if GRAD or EXACT:
+        z = tl.minimum(z, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     if EXACT:
         return tl.where(z < LIMIT, 1 / (1 + z), 0 * z), z
     y = A + A * z
-    r = (0x7EB50000 - y.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    r = (GUESS - y.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     return r * (C - y * r), z
+
+
+@triton.jit
+def narrow(p, dtype: tl.constexpr):
+    """max(p, 0) rounded to dtype; NaN stays NaN. To 16 bits, that is one instruction for two, which Triton has not."""
+    if COMPILED and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], tl.bfloat16, True, 2)
+    if COMPILED and dtype == tl.float16:
+        return tl.inline_asm_elementwise("cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], tl.float16, True, 2)
+    return tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype)
 
 
 @triton.jit
@@ -143,12 +158,12 @@ def forward_kernel(Q, K, V, O, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: tl
     i = m + Tk - Tq + tl.arange(0, BM)[:, None]
     q = load(Q, b, h, m)
     o = tl.zeros(q.shape, tl.float32)
-    for MASK in tl.static_range(1 + HIDE):  # the tiles that all of the rows see whole, then those that need the mask
-        for n in range(whole if MASK else 0, end if MASK else whole, BN):
-            k, v = load(K, b, h // G, n), load(V, b, h // G, n)
-            j = n + tl.arange(0, BN)[None, :]
-            p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, MASK, EXACT)
-            o = dot(p.to(v.dtype), v, o)
+    for n in range(0, end, BN):
+        k, v = load(K, b, h // G, n), load(V, b, h // G, n)
+        j = n + tl.arange(0, BN)[None, :]
+        p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, n >= whole if HIDE else False,
+                       False, EXACT)
+        o = dot(narrow(p, v.dtype), v, o)
     store(O, b, h, m, o)
 
 
@@ -171,7 +186,7 @@ def dq_kernel(Q, K, V, DO, DQ, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G
         for n in range(whole if MASK else 0, end if MASK else whole, BN):
             k, v = load(K, b, h // G, n), load(V, b, h // G, n)
             j = n + tl.arange(0, BN)[None, :]
-            p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, MASK, EXACT)
+            p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, MASK, True, EXACT)
             ds = p * (p * z) * dot(do, v.T)
             dq = dot(ds.to(k.dtype), k, dq)
             if DB is not None:
@@ -204,9 +219,10 @@ def dkdv_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, Lens, bias, scale, H, Tq, Tk,
             for m in range(first if MASK else whole, whole if MASK else end, BM):
                 q, do = load(Q, b, h, m), load(DO, b, h, m)
                 i = m + Tk - Tq + tl.arange(0, BM)[None, :]
-                p, z = weights(dot(k, q.T), i, j, k_len, scale, head_bias, slope, ALIBI, CAUSAL, MASK, EXACT)  # P^T
+                # the transposes of P and dS
+                p, z = weights(dot(k, q.T), i, j, k_len, scale, head_bias, slope, ALIBI, CAUSAL, MASK, True, EXACT)
                 dv = dot(p.to(do.dtype), do, dv)
-                ds = p * (p * z) * dot(v, do.T)                                                             # dS^T
+                ds = p * (p * z) * dot(v, do.T)
                 dk = dot(ds.to(q.dtype), q, dk)
     if Lens is not None:  # the tile that k_len cuts
         dk, dv = tl.where(j < k_len, dk, 0.0), tl.where(j < k_len, dv, 0.0)
@@ -217,9 +233,9 @@ def dkdv_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, Lens, bias, scale, H, Tq, Tk,
 # -------- Operators: torch.compile sees each as one node; autograd saves their inputs and nothing else.
 
 TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline stages)} for 16-bit inputs
-    "forward": {64: (64, 128, 4, 2), 128: (128, 64, 4, 2), 256: (64, 32, 4, 2)},
-    "dq": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
-    "dkdv": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 64, 4, 1)},
+    "forward": {64: (64, 64, 4, 3), 128: (128, 64, 4, 2), 256: (64, 32, 4, 2)},
+    "dq": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
+    "dkdv": {64: (64, 64, 4, 2), 128: (64, 128, 8, 3), 256: (32, 64, 4, 1)},
 }
 
 
@@ -390,10 +406,6 @@ def benchmark():
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    def eager(q, k, v, causal):
-        s = q @ k.mT * q.shape[3] ** -0.5 - math.log(k.shape[2])
-        return torch.sigmoid(s.masked_fill(hidden, -math.inf) if causal else s) @ v
-
     def flex_log_sigmoid(q, k, v, causal):  # softmax of log sigmoid, times what it divided by
         b = -math.log(k.shape[2])
         out, lse = flex(q, k, v, lambda s, *_: F.logsigmoid(s + b), blocks if causal else None, return_lse=True)
@@ -408,23 +420,19 @@ def benchmark():
 
     rows, peers = [], {"ours": lambda q, k, v, causal: sigmoid_attention(q, k, v, is_causal=causal),
                        "FA-2": partial(sdpa, SDPBackend.FLASH_ATTENTION),
-                       "cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION), "eager": eager, "flex": flex_log_sigmoid}
+                       "cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION), "flex": flex_log_sigmoid}
     print(f"{'TFLOP/s (GiB)':30}", *(f"{name:>12}" for name in peers))
     for D, T, causal in product((64, 128), (1024, 4096, 16384), (False, True)):
         q, k, v, do = (torch.randn(16384 // T, T, 2048 // D, D, device="cuda", dtype=torch.bfloat16,
                                    requires_grad=True).transpose(1, 2) for _ in range(4))
-        hidden = torch.ones(T, T, device="cuda", dtype=torch.bool).triu(1)
         blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
         forward, backward = (dict(D=D, T=T, causal=causal, direction=name) for name in ("forward", "backward"))
         flops = 4 * 16384 * T * 2048 / (1 + causal)
         for name, attention in peers.items():
-            try:
-                out = attention(q, k, v, causal)
-                grad = partial(torch.autograd.grad, out, (q, k, v), do, retain_graph=True)
-                forward[name] = measure(partial(attention, q, k, v, causal), flops)
-                backward[name] = measure(grad, 2.5 * flops)
-            except torch.OutOfMemoryError:
-                forward[name] = backward[name] = math.nan, math.nan
+            out = attention(q, k, v, causal)
+            grad = partial(torch.autograd.grad, out, (q, k, v), do, retain_graph=True)
+            forward[name] = measure(partial(attention, q, k, v, causal), flops)
+            backward[name] = measure(grad, 2.5 * flops)
         rows += [forward, backward]
         for row in rows[-2:]:
             print(f"{row['direction']:9}D={D:<4}T={T:<6}{'causal' if causal else 'full':10}",
