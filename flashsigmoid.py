@@ -182,15 +182,15 @@ def dq_kernel(Q, K, V, DO, DQ, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G
     i = m + Tk - Tq + tl.arange(0, BM)[:, None]
     q, do = load(Q, b, h, m), load(DO, b, h, m)
     dq, db = tl.zeros(q.shape, tl.float32), tl.zeros([BM], tl.float32)
-    for MASK in tl.static_range(1 + HIDE):
-        for n in range(whole if MASK else 0, end if MASK else whole, BN):
-            k, v = load(K, b, h // G, n), load(V, b, h // G, n)
-            j = n + tl.arange(0, BN)[None, :]
-            p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, MASK, True, EXACT)
-            ds = p * (p * z) * dot(do, v.T)
-            dq = dot(ds.to(k.dtype), k, dq)
-            if DB is not None:
-                db += tl.sum(ds, 1)
+    for n in range(0, end, BN):
+        k, v = load(K, b, h // G, n), load(V, b, h // G, n)
+        j = n + tl.arange(0, BN)[None, :]
+        p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, n >= whole if HIDE else False,
+                       True, EXACT)
+        ds = p * (p * z) * dot(do, v.T)
+        dq = dot(ds.to(k.dtype), k, dq)
+        if DB is not None:
+            db += tl.sum(ds, 1)
     store(DQ, b, h, m, dq * scale)
     if DB is not None:
         tl.store(DB + tl.program_id(0), tl.sum(db))
@@ -215,15 +215,14 @@ def dkdv_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, Lens, bias, scale, H, Tq, Tk,
     for group in range(G):
         h = hk * G + group
         head_bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
-        for MASK in tl.static_range(CAUSAL, -1, -1):
-            for m in range(first if MASK else whole, whole if MASK else end, BM):
-                q, do = load(Q, b, h, m), load(DO, b, h, m)
-                i = m + Tk - Tq + tl.arange(0, BM)[None, :]
-                # the transposes of P and dS
-                p, z = weights(dot(k, q.T), i, j, k_len, scale, head_bias, slope, ALIBI, CAUSAL, MASK, True, EXACT)
-                dv = dot(p.to(do.dtype), do, dv)
-                ds = p * (p * z) * dot(v, do.T)
-                dk = dot(ds.to(q.dtype), q, dk)
+        for m in range(first, end, BM):
+            q, do = load(Q, b, h, m), load(DO, b, h, m)
+            i = m + Tk - Tq + tl.arange(0, BM)[None, :]
+            p, z = weights(dot(k, q.T), i, j, k_len, scale, head_bias, slope, ALIBI, CAUSAL,
+                           m < whole if CAUSAL else False, True, EXACT)  # P^T, and dS^T below
+            dv = dot(p.to(do.dtype), do, dv)
+            ds = p * (p * z) * dot(v, do.T)
+            dk = dot(ds.to(q.dtype), q, dk)
     if Lens is not None:  # the tile that k_len cuts
         dk, dv = tl.where(j < k_len, dk, 0.0), tl.where(j < k_len, dv, 0.0)
     store(DK, b, hk, n, dk * scale)
@@ -398,18 +397,10 @@ def check(device):
 def benchmark():
     """TFLOP/s and GiB of forward and backward against PyTorch's attention: 16,384 tokens, 2,048 channels, bf16."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    torch._dynamo.config.recompile_limit = 64
-    flex = torch.compile(flex_attention, dynamic=False)
 
     def sdpa(backend, q, k, v, causal):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    def flex_log_sigmoid(q, k, v, causal):  # softmax of log sigmoid, times what it divided by
-        b = -math.log(k.shape[2])
-        out, lse = flex(q, k, v, lambda s, *_: F.logsigmoid(s + b), blocks if causal else None, return_lse=True)
-        return out * lse.exp().unsqueeze(-1).to(out.dtype)
 
     def measure(f, flops):
         torch.cuda.reset_peak_memory_stats()
@@ -420,12 +411,11 @@ def benchmark():
 
     rows, peers = [], {"ours": lambda q, k, v, causal: sigmoid_attention(q, k, v, is_causal=causal),
                        "FA-2": partial(sdpa, SDPBackend.FLASH_ATTENTION),
-                       "cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION), "flex": flex_log_sigmoid}
+                       "cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION)}
     print(f"{'TFLOP/s (GiB)':30}", *(f"{name:>12}" for name in peers))
     for D, T, causal in product((64, 128), (1024, 4096, 16384), (False, True)):
         q, k, v, do = (torch.randn(16384 // T, T, 2048 // D, D, device="cuda", dtype=torch.bfloat16,
                                    requires_grad=True).transpose(1, 2) for _ in range(4))
-        blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T)
         forward, backward = (dict(D=D, T=T, causal=causal, direction=name) for name in ("forward", "backward"))
         flops = 4 * 16384 * T * 2048 / (1 + causal)
         for name, attention in peers.items():
