@@ -103,8 +103,7 @@ def key_range(i, k_len, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr
 
 
 @triton.jit
-def weights(s, i, j, k_len, scale, bias, slope, ALIBI: tl.constexpr, CAUSAL: tl.constexpr, MASK, GRAD: tl.constexpr,
-            EXACT: tl.constexpr):
+def weights(s, i, j, k_len, scale, bias, slope, CAUSAL: tl.constexpr, MASK, GRAD: tl.constexpr, EXACT: tl.constexpr):
     """P = sigmoid(x) and z = exp(-x) of x = scale * s + bias - slope * |i - j|; s is an fp32 tile, P = 0 where masked.
 
     z takes one ex2. The reciprocal of y = A (1 + z) takes no second one: the bits of y subtracted from a constant are a
@@ -119,7 +118,7 @@ def weights(s, i, j, k_len, scale, bias, slope, ALIBI: tl.constexpr, CAUSAL: tl.
     LIMIT: tl.constexpr = 2.33527466e38  # where y has the bits 0x7EB50000
     LOG2_E: tl.constexpr = 1.44269504
     e = s * (-scale * LOG2_E) - bias * LOG2_E
-    if ALIBI:
+    if slope is not None:
         e += (slope * LOG2_E) * tl.abs(i - j).to(tl.float32)
     if MASK:
         e = tl.where(j < (tl.minimum(k_len, i + 1) if CAUSAL else k_len), e, float("inf"))
@@ -148,11 +147,10 @@ def forward_kernel(Q, K, V, O, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: tl
     """O = P V for BM queries."""
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
-    ALIBI: tl.constexpr = Slopes is not None
     HIDE: tl.constexpr = CAUSAL or Lens is not None
     EXACT: tl.constexpr = Q.dtype == tl.float32
     m, h, b = place(BM, Tq, H, True)  # when causal, the longest rows first
-    bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
+    bias, slope = entry(Bias, h, bias), None if Slopes is None else tl.load(Slopes + h)
     k_len = tl.minimum(entry(Lens, b, Tk), Tk)
     whole, end = key_range(m + Tk - Tq, k_len, BM, BN, CAUSAL, HIDE)
     i = m + Tk - Tq + tl.arange(0, BM)[:, None]
@@ -161,8 +159,8 @@ def forward_kernel(Q, K, V, O, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: tl
     for n in range(0, end, BN):
         k, v = load(K, b, h // G, n), load(V, b, h // G, n)
         j = n + tl.arange(0, BN)[None, :]
-        p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, n >= whole if HIDE else False,
-                       False, EXACT)
+        masked = n >= whole if HIDE else False
+        p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, CAUSAL, masked, False, EXACT)
         o = dot(narrow(p, v.dtype), v, o)
     store(O, b, h, m, o)
 
@@ -172,11 +170,10 @@ def dq_kernel(Q, K, V, DO, DQ, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G
     """dQ = scale * dS K for BM queries, and the sum of dS over their rows, for db."""
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
-    ALIBI: tl.constexpr = Slopes is not None
     HIDE: tl.constexpr = CAUSAL or Lens is not None
     EXACT: tl.constexpr = Q.dtype == tl.float32
     m, h, b = place(BM, Tq, H, True)
-    bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
+    bias, slope = entry(Bias, h, bias), None if Slopes is None else tl.load(Slopes + h)
     k_len = tl.minimum(entry(Lens, b, Tk), Tk)
     whole, end = key_range(m + Tk - Tq, k_len, BM, BN, CAUSAL, HIDE)
     i = m + Tk - Tq + tl.arange(0, BM)[:, None]
@@ -185,8 +182,8 @@ def dq_kernel(Q, K, V, DO, DQ, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G
     for n in range(0, end, BN):
         k, v = load(K, b, h // G, n), load(V, b, h // G, n)
         j = n + tl.arange(0, BN)[None, :]
-        p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, ALIBI, CAUSAL, n >= whole if HIDE else False,
-                       True, EXACT)
+        masked = n >= whole if HIDE else False
+        p, z = weights(dot(q, k.T), i, j, k_len, scale, bias, slope, CAUSAL, masked, True, EXACT)
         ds = p * (p * z) * dot(do, v.T)
         dq = dot(ds.to(k.dtype), k, dq)
         if DB is not None:
@@ -201,7 +198,6 @@ def dkdv_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, Lens, bias, scale, H, Tq, Tk,
     """dK = scale * dS^T Q and dV = P^T dO for BN keys, summed over the G query heads that share them."""
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
-    ALIBI: tl.constexpr = Slopes is not None
     EXACT: tl.constexpr = Q.dtype == tl.float32
     n, hk, b = place(BN, Tk, H // G, False)
     k_len = tl.minimum(entry(Lens, b, Tk), Tk)
@@ -214,14 +210,14 @@ def dkdv_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, Lens, bias, scale, H, Tq, Tk,
     dk, dv = tl.zeros(k.shape, tl.float32), tl.zeros(v.shape, tl.float32)
     for group in range(G):
         h = hk * G + group
-        head_bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
+        head_bias, slope = entry(Bias, h, bias), None if Slopes is None else tl.load(Slopes + h)
         for m in range(first, end, BM):
             q, do = load(Q, b, h, m), load(DO, b, h, m)
             i = m + Tk - Tq + tl.arange(0, BM)[None, :]
-            p, z = weights(dot(k, q.T), i, j, k_len, scale, head_bias, slope, ALIBI, CAUSAL,
-                           m < whole if CAUSAL else False, True, EXACT)  # P^T, and dS^T below
+            masked = m < whole if CAUSAL else False
+            p, z = weights(dot(k, q.T), i, j, k_len, scale, head_bias, slope, CAUSAL, masked, True, EXACT)  # P^T
             dv = dot(p.to(do.dtype), do, dv)
-            ds = p * (p * z) * dot(v, do.T)
+            ds = p * (p * z) * dot(v, do.T)                                                                 # dS^T
             dk = dot(ds.to(q.dtype), q, dk)
     if Lens is not None:  # the tile that k_len cuts
         dk, dv = tl.where(j < k_len, dk, 0.0), tl.where(j < k_len, dv, 0.0)
@@ -257,12 +253,13 @@ def tiled(x, rows):
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, triton.next_power_of_2(x.shape[3])])
 
 
-INPUTS = ("Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? k_lens, "
-          "float b, float scale, bool is_causal")  # b is the bias where the tensor is None
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? k_lens, float b, float scale, bool is_causal"
+torch.library.define("flashsigmoid::forward", f"({INPUTS}) -> Tensor")
+torch.library.define("flashsigmoid::backward", f"(Tensor do, {INPUTS}) -> Tensor[]")
 
 
-@torch.library.custom_op("flashsigmoid::forward", mutates_args=(), schema=f"({INPUTS}) -> Tensor")
-def forward_op(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
+@torch.library.impl("flashsigmoid::forward", "default")
+def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
     BM, BN, options = tile_shape("forward", q)
     o = torch.empty_like(q)
@@ -273,8 +270,8 @@ def forward_op(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     return o
 
 
-@torch.library.custom_op("flashsigmoid::backward", mutates_args=(), schema=f"(Tensor do, {INPUTS}) -> Tensor[]")
-def backward_op(do, q, k, v, bias, slopes, k_lens, b, scale, is_causal):
+@torch.library.impl("flashsigmoid::backward", "default")
+def launch_backward(do, q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     """[dQ, dK, dV] and, where bias is a tensor, db. Two kernels without atomics give the same bits every time."""
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -290,24 +287,27 @@ def backward_op(do, q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     return [dq, dk, dv] if bias is None else [dq, dk, dv, db.sum((0, 2))]
 
 
-def save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:6])
-    ctx.numbers = inputs[6:]
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs[:6])
+        ctx.numbers = inputs[6:]
+        return torch.ops.flashsigmoid.forward(*inputs)
 
-
-def differentiate(ctx, do):
-    dq, dk, dv, *db = backward_op(do, *ctx.saved_tensors, *ctx.numbers)
-    return dq, dk, dv, db[0] if db else None, None, None, None, None, None
+    @staticmethod
+    def backward(ctx, do):
+        dq, dk, dv, *db = torch.ops.flashsigmoid.backward(do, *ctx.saved_tensors, *ctx.numbers)
+        return dq, dk, dv, db[0] if db else None, None, None, None, None, None
 
 
 def refuse(ctx, *_):
     raise RuntimeError("sigmoid_attention is differentiable once; sigmoid_attention_reference has second derivatives")
 
 
-forward_op.register_fake(lambda q, *_: torch.empty_like(q))
-forward_op.register_autograd(differentiate, setup_context=save_inputs)
-backward_op.register_fake(lambda do, q, k, v, bias, *_: [torch.empty_like(x) for x in (q, k, v, bias) if x is not None])
-backward_op.register_autograd(refuse)
+torch.library.register_fake("flashsigmoid::forward", lambda q, *_: torch.empty_like(q))
+torch.library.register_fake("flashsigmoid::backward",
+                            lambda do, *inputs: [torch.empty_like(x) for x in inputs[:4] if x is not None])
+torch.library.register_autograd("flashsigmoid::backward", refuse)
 
 
 def require(ok, name, given, allowed, error=ValueError):
@@ -361,7 +361,7 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     k_lens = None if k_lens is None else k_lens.int().contiguous()
     if padding := -D % (16 // q.element_size()):
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
-    return forward_op(q, k, v, bias, slopes, k_lens, b, float(scale), bool(is_causal))[..., :D]
+    return Attention.apply(q, k, v, bias, slopes, k_lens, b, float(scale), bool(is_causal))[..., :D]
 
 
 # -------- python flashsigmoid.py

@@ -51,7 +51,7 @@ def normal(*shape, dtype=torch.float32):
 @triton.jit
 def weights_kernel(X, P, k_len, N: tl.constexpr, MASK: tl.constexpr, GRAD: tl.constexpr, EXACT: tl.constexpr):
     i = tl.arange(0, N)
-    p, z = flashsigmoid.weights(tl.load(X + i), i, i, k_len, 1.0, 0.0, 0.0, False, False, MASK, GRAD, EXACT)
+    p, z = flashsigmoid.weights(tl.load(X + i), i, i, k_len, 1.0, 0.0, None, False, MASK, GRAD, EXACT)
     tl.store(P + i, p if GRAD else flashsigmoid.narrow(p, tl.float32))
 
 
@@ -158,10 +158,12 @@ class FlashSigmoid(unittest.TestCase):
         self.assertTrue(0.9 < max(ratios) <= 1 + 1e-12, ratios)
 
     def test_operators(self):
-        q, k, v = (normal(2, heads, 9, 16).requires_grad_() for heads in (4, 2, 2))
-        tensors = normal(4).requires_grad_(), normal(4), torch.tensor([3, 9], device=DEVICE, dtype=torch.int32)
+        q, do, k, v = (normal(2, heads, 9, 16) for heads in (4, 4, 2, 2))
+        tensors = normal(4), normal(4), torch.tensor([3, 9], device=DEVICE, dtype=torch.int32)
         for optional in ((None, None, None), tensors):
-            torch.library.opcheck(torch.ops.flashsigmoid.forward.default, (q, k, v, *optional, -2.0, 0.25, True))
+            inputs = q, k, v, *optional, -2.0, 0.25, True
+            torch.library.opcheck(torch.ops.flashsigmoid.forward.default, inputs)
+            torch.library.opcheck(torch.ops.flashsigmoid.backward.default, (do, *inputs))
         compiled = torch.compile(sigmoid_attention, fullgraph=True, backend="inductor" if CUDA else "aot_eager")
         for T in (20, 37):
             q, k, v, do = normal(4, 2, 2, T, 20).requires_grad_()
