@@ -253,7 +253,8 @@ def tiled(x, rows):
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, triton.next_power_of_2(x.shape[3])])
 
 
-INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? k_lens, float b, float scale, bool is_causal"
+INPUTS = ("Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? k_lens, "
+          "float b, float scale, bool is_causal")  # b is the bias where the tensor is None
 torch.library.define("flashsigmoid::forward", f"({INPUTS}) -> Tensor")
 torch.library.define("flashsigmoid::backward", f"(Tensor do, {INPUTS}) -> Tensor[]")
 
