@@ -3,23 +3,22 @@ Hierarchical importance weighted autoencoder ("Hierarchical Importance Weighted 
 
 IWAE draws k samples that know nothing of each other. Here they share a z0, so that they can divide the work:
 
-    z0 ~ q0(z0 | x),   z_j ~ q_j(z_j | z0, x),   j = 1..k,   and a reverse model r(z0 | z_j, x) pays for z0
-    w_j = p(x, z_j) r(z0 | z_j, x) / (q0(z0 | x) d_j),   bound = E log p_hat <= log p(x),   p_hat = (w_1 + .. + w_k) / k
-    d_j = q_j(z_j) (uniform weights), or the mixture (1/k) sum_l q_l(z_j) (balance heuristic), or a power of both
+    z0 ~ q0(z0 | x),   z_j ~ q_j(z_j | z0, x) for j = 1..k,   and a reverse model r_j(z0 | z_j, x) pays for z0
+    bound = E log p_hat <= log p(x),   p_hat = mean_j w_j,   w_j = p(x, z_j) r_j(z0 | z_j, x) / (q0(z0 | x) d_j)
+    d_j = q_j(z_j) (uniform weights), the mixture (1/k) sum_l q_l(z_j) (balance heuristic), or a power of both
 
-Baselines: --proposal gaussian is IWAE (and, with --k 1, the VAE), iid draws k pairs (z0, z) from one hierarchy, independent
-draws a z0 for each q_j, which leaves all as it is but the coupling. --grad dreg is the doubly reparameterised gradient,
-exact for all of these; official is what the authors' code does, which is biased.
+Baselines: --proposal gaussian is IWAE (with --k 1 the VAE), iid draws k pairs (z0, z) from one hierarchy, independent
+draws a z0 for each q_j: all stays but the coupling. --grad dreg is the doubly reparameterised gradient, exact for all
+of these; official is that of the authors' code, which is biased.
 
     python hier_iwae.py                        a 2-D density on a CPU, binarised MNIST on a GPU
     python hier_iwae.py --compare --seeds 3    the proposals, then the estimators, at equal k and steps, in one table
     python hier_iwae.py --compare gaussian joint --k 2 5 10 20 --plot growth.png
 
-Differs from the paper in steps and batch; r_j differ by their output rows, as the q_j do, not by their context; no
-constants in the densities against overflow; training weights are those of the bound (the authors' code clamps them).
+Differs from the paper's code in steps and batch; in r_j, which differ by output rows, as the q_j do; in its training
+weights, which are those of the bound; in a schedule of the learning rate.
 """
 import argparse
-import copy
 import importlib.util
 import json
 import math
@@ -41,51 +40,43 @@ from tqdm import tqdm
 from data.mnist import load_digits
 
 DEFAULTS = {
-    "density": dict(k=[3], latent=2, hidden=64, context=1, batch=64, steps=3000, lr=1e-3, nll_samples=1_200_000),
-    "loggamma": dict(k=[2], latent=1, hidden=0, context=1, batch=256, steps=4000, lr=2e-2, nll_samples=2_000_000),
-    "images": dict(k=[5], latent=32, hidden=100, context=100, batch=128, steps=20_000, lr=1e-3, nll_samples=5000),
-    "images on cpu": dict(batch=32, steps=400, nll_samples=200),
+    "density": dict(k=[3], latent=2, hidden=64, context=1, batch=64, steps=3000, lr=1e-3, nll_samples=600_000,
+                    test_images=10),
+    "loggamma": dict(k=[2], latent=1, hidden=0, context=1, batch=256, steps=4000, lr=2e-2, nll_samples=1_000_000,
+                     test_images=10),
+    "images": dict(k=[5], latent=32, hidden=100, context=100, batch=128, steps=20_000, lr=1e-3, nll_samples=5000,
+                   test_images=10_000),
+    "images on cpu": dict(batch=32, steps=400, nll_samples=200, test_images=500),
 }
 ARMS = {
     "density": "gaussian iid independent joint independent:balance joint:balance joint:power "
                "gaussian:dreg joint:dreg joint:official joint:balance:dreg",
     "images": "gaussian iid independent joint gaussian:dreg joint:dreg",
 }
-ARCHITECTURE = "task target data binarise proposal reverse k latent hidden context average".split()
+ARCHITECTURE = "task target data binarise proposal weights reverse k hidden".split()
 POWERS = dict(uniform=0, balance=1, power=2)
 
 
 # -------- Targets: log-densities of z (..., d), not normalised
 
-def waves(z, width, *others):
-    """Ridges along a sine (Rezende and Mohamed, arXiv 1505.05770, table 1), within a Gaussian of width 2."""
-    x, y = z.unbind(-1)
-    y = y - torch.sin(math.pi * x / 2)
-    return torch.stack([-0.5 * ((y + other(x)) / width) ** 2 for other in (torch.zeros_like, *others)]
-                       ).logsumexp(0) - x * x / 8
-
-
-def ring(z, radius_scale, width, *bumps):
-    """A ring of radius 2, times a sum of bumps."""
-    radius = -0.5 * ((z.norm(dim=-1) / radius_scale - 2) / width) ** 2
-    return radius + torch.stack([-0.5 * bump(*z.unbind(-1)) ** 2 for bump in bumps]).logsumexp(0)
+def ring(z, radius, width, *bumps):
+    """A ring, times the sum of exp(-bump^2 / 2)."""
+    return (-0.5 * ((z.norm(dim=-1) - radius) / width) ** 2
+            + torch.stack([-0.5 * bump(*z.unbind(-1)) ** 2 for bump in bumps]).logsumexp(0))
 
 
 TARGETS = {
-    "u1": lambda z: ring(z, 1, 0.4, lambda x, y: (x - 2) / 0.6, lambda x, y: (x + 2) / 0.6),
-    "u2": lambda z: ring(z, math.sqrt(2), 0.5, lambda x, y: (x - 2) / 0.6, lambda x, y: torch.sin(x) / 0.5,
+    "u1": lambda z: ring(z, 2, 0.4, lambda x, y: (x - 2) / 0.6, lambda x, y: (x + 2) / 0.6),
+    "u2": lambda z: ring(z, 8 ** 0.5, 0.5 ** 0.5, lambda x, y: (x - 2) / 0.6, lambda x, y: torch.sin(x) / 0.5,
                          lambda x, y: (x + y + 2.5) / 0.6),
-    "u3": lambda z: waves(z, 0.35, lambda x: 3 * torch.exp(-0.5 * ((x - 1) / 0.6) ** 2)),
-    "u4": lambda z: waves(z, 0.4, lambda x: 3 * torch.sigmoid((x - 1) / 0.3)),
     "loggamma": lambda z: (0.5 * z - z.exp()).sum(-1),
 }
 
 
 def log_normaliser(target, d):
-    """log of the integral of exp(target), by the trapezoid rule on [-10, 10]^2, or on [-60, 20]."""
-    axis = torch.linspace(-10, 10, 2001, dtype=torch.float64) if d == 2 else torch.linspace(-60, 20, 80_001).double()
-    grid = torch.cartesian_prod(*[axis] * d).view(-1, d)
-    return (target(grid).logsumexp(0) + d * torch.log(axis[1] - axis[0])).item()
+    """log of the integral of exp(target), by the trapezoid rule on [-10, 10]^2, or on [-60, 60]."""
+    axis = torch.linspace(-10, 10, 1001).double() if d == 2 else torch.linspace(-60, 60, 100_001).double()
+    return (target(torch.cartesian_prod(*[axis] * d).view(-1, d)).logsumexp(0) + d * (axis[1] - axis[0]).log()).item()
 
 
 # -------- Model. N images, k samples, J = 1 (joint) or k draws of z0, L proposals (k, or 1 if iid), d latent, C context.
@@ -105,8 +96,8 @@ class Modulated(nn.Module):
 
 
 class Conditional(nn.Module):
-    """L diagonal Gaussians of `outputs` dimensions given `inputs` and the context. No inputs, no outputs and no hidden
-    units are allowed: q0 has no inputs, and plain IWAE is the hierarchy whose z0 has no dimensions."""
+    """L diagonal Gaussians of `outputs` dimensions given `inputs` and the context; any size may be 0: q0 has no inputs,
+    plain IWAE is the hierarchy whose z0 has no dimensions, and without hidden units all is linear."""
 
     def __init__(self, inputs, outputs, L, args):
         super().__init__()
@@ -147,7 +138,8 @@ class HIWAE(nn.Module):
         L = k if args.proposal in ("joint", "independent") else 1
         self.q0 = Conditional(0, d0, 1, args)
         self.q = Conditional(d0, d, L, args)
-        self.r = Conditional(d, d0, L if args.reverse == "own" else 1, args)
+        reverse = args.reverse or ("own" if args.weights == "uniform" else "shared")
+        self.r = Conditional(d, d0, L if reverse == "own" else 1, args)
         self.images, self.autocast = args.task == "images", autocast
         if not self.images:
             self.target = TARGETS[args.target]
@@ -197,7 +189,7 @@ def own(t):
     return t.flatten(1, 2) if 1 in t.shape[1:3] else t.diagonal(dim1=1, dim2=2).mT
 
 
-def log_weights(model, x, k, proposal, power, grad="plain", beta=1.0, free_bits=-math.inf):
+def log_weights(model, x, k, proposal, power, grad="plain"):
     """log w (N, k), z (N, k, d) and a scalar whose gradient is that of -bound, by the estimator grad.
 
     With v_j = w_j / sum_l w_l: plain differentiates log sum_j w_j. dreg drops the scores of q0 and q_j and scales what
@@ -239,8 +231,7 @@ def log_weights(model, x, k, proposal, power, grad="plain", beta=1.0, free_bits=
     log_q = log_normal(z[:, :, None], mean_q, std_q)                                        # (N, k, L)
     log_d = (1 - p) * (log_q * mine).sum(2) + (p * log_q).logsumexp(2) - math.log(L)
     log_r = log_normal(z0, *(own(t) for t in model.r(z, context)))
-    kl = log_normal(z0, m0, s0) + log_d - log_r - model.log_prior(z)                        # (N, k)
-    log_w = model.log_likelihood(x, z) - (beta * kl).clamp(min=free_bits)
+    log_w = model.log_likelihood(x, z) + model.log_prior(z) + log_r - log_normal(z0, m0, s0) - log_d  # (N, k)
     if grad == "plain":
         return log_w, z, math.log(k) - log_w.logsumexp(1).mean()
     v = log_w.softmax(1).detach()
@@ -261,14 +252,13 @@ def log_weights(model, x, k, proposal, power, grad="plain", beta=1.0, free_bits=
 # -------- Evaluation
 
 def statistics(log_w):
-    """Of log_w (N, R, k), R draws of k weights for each of N images: a dict of means over images.
+    """Of log_w (N, R, k), R draws of k weights for each of N images: a dict of means over the images.
 
-    With Y = p_hat / p: Var(Y) is variance_part + covariance_part, the sums over i = j and i != j of Cov(w_i, w_j) / (k p)^2.
-    NAME_se: standard error of the draws, from ten blocks of them."""
+    With Y = p_hat / p: Var(Y) = variance_part + covariance_part, the sums over i = j and i != j of Cov(w_i, w_j) / (k p)^2.
+    NAME_se is the standard error of the draws, from ten blocks of them."""
     log_w = log_w.double()
     N, R, k = log_w.shape
     log_p = log_w.flatten(1).logsumexp(1) - math.log(R * k)                                 # (N,)
-    v = log_w.softmax(2)
 
     def moments(log_w):
         log_p_hat = log_w.logsumexp(2) - math.log(k)                                        # (N, R)
@@ -276,18 +266,15 @@ def statistics(log_w):
         w = w - w.mean(1, keepdim=True)
         covariance = w.mT @ w / (w.shape[1] - 1)                                            # (N, k, k)
         variance = covariance.diagonal(dim1=1, dim2=2)                                      # (N, k)
+        std, correlations = variance.sqrt().clamp(min=1e-30), max(1, k * (k - 1))
         return dict(bound=log_p_hat.mean(), var_log_p_hat=log_p_hat.var(1).mean(), variance_part=variance.sum(1).mean(),
-                    covariance_part=(covariance.sum((1, 2)) - variance.sum(1)).mean())
+                    covariance_part=(covariance.sum((1, 2)) - variance.sum(1)).mean(),
+                    correlation=(covariance / std[:, :, None] / std[:, None]).sum((1, 2)).sub(k).mean() / correlations)
 
     blocks = [moments(block) for block in log_w.tensor_split(min(10, R // 2), 1)]
-    errors = {f"{name}_se": torch.stack([block[name] for block in blocks]).std() / len(blocks) ** 0.5
-              for name in blocks[0]}
-    w = (log_w - log_p[:, None, None]).exp()
-    w = w - w.mean(1, keepdim=True)
-    w = w / w.square().sum(1, keepdim=True).sqrt()
-    correlation = ((w.mT @ w).sum((1, 2)) - k).mean() / max(1, k * (k - 1))
-    found = dict(moments(log_w), nll=-log_p.mean(), correlation=correlation, ess=(1 / v.square().sum(2)).mean(),
-                 largest_weight=v.max(2).values.mean(), **errors)
+    v, found = log_w.softmax(2), moments(log_w)
+    found |= {f"{name}_se": torch.stack([block[name] for block in blocks]).std() / len(blocks) ** 0.5 for name in found}
+    found |= dict(nll=-log_p.mean(), ess=(1 / v.square().sum(2)).mean(), largest_weight=v.amax(2).mean())
     return {name: value.item() for name, value in found.items()}
 
 
@@ -295,28 +282,21 @@ def statistics(log_w):
 def evaluate(model, x, args, samples):
     """Metrics from `samples` importance samples for each of x (N, ...), always the same noise; a density has one x."""
     torch.manual_seed(0)
-    k, rows = args.k[0], max(1, (20_000 if x.is_cuda or not model.images else 500) // args.k[0])
-    if not model.images:
-        x = x.new_zeros(min(rows, samples // k), 0)
-    repeats = max(2, samples // k // (1 if model.images else len(x)))
-    log_w, mean_z = [], 0
-    for _ in range(repeats):
-        parts = [log_weights(model, part, k, args.proposal, POWERS[args.weights])[:2] for part in x.split(rows)]
+    k, rows = args.k[0], max(1, (500 if model.images and not x.is_cuda else 20_000) // args.k[0])
+    x = x if model.images else x.new_zeros(min(rows, samples // k), 0)
+    log_w, means = [], []
+    for _ in range(max(2, samples // k // (1 if model.images else len(x)))):
+        parts = [log_weights(model, part, k, args.proposal, POWERS[args.weights]) for part in x.split(rows)]
         log_w.append(torch.cat([part[0] for part in parts]))
-        mean_z = mean_z + torch.cat([part[1].mean(1) for part in parts]) / repeats          # (N, d)
+        means.append(torch.cat([part[1].mean(1) for part in parts]))                        # (N, d)
     log_w = torch.stack(log_w, 1)                                                           # (N, R, k)
     if model.images:
-        return statistics(log_w) | dict(active_units=(mean_z.var(0) > 0.01).sum().item())
+        return statistics(log_w) | dict(active_units=(sum(means) / len(means)).var(0).gt(0.01).sum().item())
     found = statistics(log_w.view(1, -1, k))
-    found["gap"] = -found["bound"]
-    if args.latent == 1 and args.proposal in ("joint", "independent"):
-        c = x.new_ones(1, 1, 1)
-        (m0,), (s0,) = (t.flatten() for t in model.q0(c[..., :0], c))
-        low, high = (model.q((m0 + sign * s0).view(1, 1, 1), c)[0].flatten() for sign in (-1, 1))
-        slopes = ((high - low) / 2).tolist()
-        found["opposite"] = float(min(slopes) < 0 < max(slopes))
-        found |= {f"slope_{j + 1}": slope for j, slope in enumerate(slopes)}
-    return found
+    if args.target == "loggamma" and args.proposal != "gaussian":
+        up, down = (model.q(x.new_full((1, 1, 1), z0), x.new_ones(1, 1, 1))[0].flatten() for z0 in (1, -1))
+        found |= dict(least_slope=(up - down).min().item() / 2, largest_slope=(up - down).max().item() / 2)
+    return found | dict(gap=-found["bound"])
 
 
 # -------- Training
@@ -340,7 +320,7 @@ def load_checkpoint(path, device, args):
 
 
 def binarised(grey, seed):
-    """A draw of grey (N, 1, 28, 28) uint8 as probabilities, the same for the same seed on every device."""
+    """One draw of grey (N, 1, 28, 28) uint8 as probabilities, the same on every device."""
     noise = torch.rand(grey.shape, generator=torch.Generator().manual_seed(seed)).to(grey.device)
     return (noise < grey / 255).float()
 
@@ -349,17 +329,16 @@ def train(args, data, device, out_dir):
     """Train on data, (train, validation, test) images, or None for a density; checkpoint.pt and log.jsonl go to out_dir.
 
     Returns (model, metrics, curves); curves holds (step, bound, var_log_p_hat). Ctrl-C saves and exits."""
-    began = time.time()
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    began, cuda = time.time(), device.type == "cuda"
+    bf16 = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     torch.manual_seed(args.seed)
     model = HIWAE(args, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)).to(device)
-    best = copy.deepcopy(model).requires_grad_(False) if args.average else model  # what is evaluated
-    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(args.lr, device=device), fused=device.type != "mps")
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(args.lr, device=device), capturable=cuda,
+                                 fused=device.type != "mps")
     first, curves = 0, []
     if args.resume:
         state = load_checkpoint(out_dir / "checkpoint.pt", device, args)
         model.load_state_dict(state["model"])
-        best.load_state_dict(state["best"])
         optimizer.load_state_dict(state["optimizer"])
         first, curves = state["step"], state["curves"]
         if first >= args.steps:
@@ -367,42 +346,37 @@ def train(args, data, device, out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     log = open(out_dir / "log.jsonl", "a" if args.resume else "w", buffering=1)
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
-    grey, val, test = data or [torch.zeros(args.batch, 0, device=device)] * 3
-    beta, bound = torch.ones((), device=device), torch.zeros((), device=device)
+    images, val, test = data or [torch.zeros(args.batch, 0, device=device)] * 3
+    bound = torch.zeros((), device=device)
 
     def update():
-        x = grey
-        if data:
-            x = grey[torch.randint(len(grey), (args.batch,), device=device)]
-            x = x.float() if args.binarise == "static" else (torch.rand(x.shape, device=device) < x / 255).float()
-        log_w, _, loss = log_weights(model, x, args.k[0], args.proposal, POWERS[args.weights], args.grad, beta,
-                                     args.free_bits)
+        x = images[torch.randint(len(images), (args.batch,), device=device)]
+        if x.dtype == torch.uint8:  # dynamic binarisation: a draw at every use
+            x = (torch.rand(x.shape, device=device) < x / 255).float()
+        log_w, _, loss = log_weights(model, x, args.k[0], args.proposal, POWERS[args.weights], args.grad)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad()
         bound.copy_(log_w.detach().logsumexp(1).mean() - math.log(args.k[0]))
-        if args.average:
-            torch._foreach_lerp_([*best.parameters()], [*model.parameters()], 1 - args.average)
 
-    stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
+    stop, step_once = [], update  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    replay, seconds, counted, tick = None, 0.0, 0, None  # the clock leaves out recording and evaluation
-    if device.type == "cuda":
+    seconds, counted, tick = 0.0, 0, None  # the clock leaves out recording and evaluation
+    if cuda:
         torch.cuda.set_stream(torch.cuda.Stream(device))  # a graph can be recorded on any stream but the first
     bar = tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1)
     for step in range(first, args.steps):
         lr = args.lr * min(1, (1 - step / args.steps) / 0.3)  # constant, then a straight line to zero
         for group in optimizer.param_groups:
             group["lr"].fill_(lr)
-        beta.fill_(min(1, (step + 1) / max(1, args.anneal)))
         torch.manual_seed(1_000_003 * args.seed + step)  # batch and noise depend on nothing else: resuming is exact
-        if device.type == "cuda" and step == first + 5:  # one CUDA graph: to launch kernels takes longer than to run them
+        if cuda and step == first + 5:  # one CUDA graph: to launch kernels this small takes longer than to run them
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 update()
-            replay = graph.replay
-        (replay or update)()
+            step_once = graph.replay
+        step_once()
         bar.update()
         due = step + 1 == args.steps or bool(stop) or (step + 1) % args.eval_interval == 0
         if due or (step + 1) % 20 == 0:
@@ -415,102 +389,87 @@ def train(args, data, device, out_dir):
             tick = time.time(), step
             bar.set_postfix(bound=f"{train_bound:.3f}", refresh=False)
         if due:
-            found = evaluate(best, val[:500], args, 20 * args.k[0] if data else 60_000)
+            found = evaluate(model, val[:args.test_images // 5], args, 10 * args.k[0] if data else 60_000)
             curves.append((step + 1, found["bound"], found["var_log_p_hat"]))
             log.write(json.dumps(dict(step=step + 1, train_bound=train_bound, **found)) + "\n")
-            state = dict(args=vars(args), model=model.state_dict(), best=best.state_dict(),
-                         optimizer=optimizer.state_dict(), step=step + 1, curves=curves)
-            save_checkpoint(out_dir / "checkpoint.pt", state)
+            state = dict(args=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict())
+            save_checkpoint(out_dir / "checkpoint.pt", dict(state, step=step + 1, curves=curves))
             tick = None
         if stop:
             bar.close()
             fail(f"interrupted at step {step + 1}; {out_dir / 'checkpoint.pt'} is saved, --resume goes on", status=130)
     bar.close()
     signal.signal(signal.SIGINT, previous)
-    metrics = evaluate(best, test, args, args.nll_samples)
-    return best, metrics | dict(ms_per_step=1000 * seconds / max(1, counted), seconds=time.time() - began), curves
+    metrics = evaluate(model, test, args, args.nll_samples)
+    return model, metrics | dict(ms_per_step=1000 * seconds / max(1, counted), seconds=time.time() - began), curves
 
 
 def compare(args, data, device, out_dir):
-    """Every arm for every --k and seed, at equal steps and batches. Returns (rows, {name: curves of the last seed})."""
+    """Every arm, for every --k and seed, at equal steps and batches. Returns (rows, {name: curves of the last seed})."""
     rows, curves = [], {}
     for arm, k in ((arm, k) for arm in args.compare for k in args.k):
-        name = f"{arm} k={k}" if len(args.k) > 1 else arm
-        runs = []
+        name, runs = f"{arm}, k = {k}", []
         for seed in range(args.seed, args.seed + args.seeds):
             run = argparse.Namespace(**vars(args) | arm_flags(arm) | dict(k=[k], seed=seed))
-            run.reverse = args.reverse or default_reverse(run)
-            _, metrics, curves[name] = train(run, data, device, out_dir / f"{name} seed {seed}".replace(" ", "_"))
+            folder = out_dir / f"{arm} k {k} seed {seed}".replace(" ", "_").replace(":", "_")
+            _, metrics, curves[name] = train(run, data, device, folder)
             runs.append(metrics)
-        row = dict(name=name, arm=arm, k=k, seeds=args.seeds)
+        rows.append(dict(name=name, arm=arm, k=k, seeds=args.seeds))
         for key in runs[0]:
             values = torch.tensor([run[key] for run in runs], dtype=torch.float64)
-            row[key], row[f"{key}_std"] = values.mean().item(), values.std(correction=min(1, args.seeds - 1)).item()
-        rows.append(row)
-    shown = ["bound", "nll", "var_log_p_hat", "variance_part", "covariance_part", "correlation", "ess", "ms_per_step"]
-    print(f"\nmean ± std, seeds: {args.seeds}\n{'':26}" + "".join(f"{key:>20}" for key in shown))
+            rows[-1] |= {key: values.mean().item(), f"{key}_std": values.std(correction=min(1, args.seeds - 1)).item()}
+    shown = ["bound", "nll", "var_log_p_hat", "covariance_part", "correlation", "ess", "ms_per_step"]
+    print(f"\nmean ± std, seeds: {args.seeds}\n{'':28}" + "".join(f"{key:>20}" for key in shown))
     for row in rows:
         cells = (f"{row[key]:.4f} ± {row[f'{key}_std']:.4f}" for key in shown)
-        print(f"{row['name']:26}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{row['name']:28}" + "".join(f"{cell:>20}" for cell in cells))
     return rows, curves
 
 
 @torch.no_grad()
 def plot(path, args, model, data, curves, rows):
-    """One density: target, resampled posterior, the proposals by |z0|. Images: test images, reconstructions, samples.
-    Comparison: bound and Var(log p_hat) over training, or, for several k, over k."""
+    """One run: the proposals coloured by |z0|, or images. Comparison: gap and variance over training, or over several k."""
     from matplotlib.figure import Figure
+    device, log = next(model.parameters()).device, dict(yscale="log" if args.task == "density" else "linear")
+    panels = 1 if args.task == "images" and not rows else 2 + (2 + args.k[0] if args.latent == 2 and not rows else 0)
+    figure = Figure(figsize=(9 if panels < 3 else 1.9 * panels, 3.2 if panels < 3 else 2.4), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     torch.manual_seed(0)
-    if rows and len(args.k) > 1:
-        figure = Figure(figsize=(9, 3.2), layout="constrained")
-        for axes, key in zip(figure.subplots(1, 3), ("bound", "nll", "var_log_p_hat")):
-            for arm in args.compare:
-                points = [(row["k"], row[key], row[f"{key}_std"]) for row in rows if row["arm"] == arm]
-                axes.errorbar(*zip(*points), label=arm, marker="o", capsize=3)
-            axes.set(xlabel="k", ylabel=key, xscale="log")
-            axes.set_xticks(args.k, args.k, minor=False)
-        axes.legend(frameon=False)
-    elif args.task == "images" and not rows:
-        figure = Figure(figsize=(9, 3), layout="constrained")
-        x = binarised(data[2][:20], 0) if args.binarise == "dynamic" else data[2][:20].float()
-        z = log_weights(model, x, args.k[0], args.proposal, POWERS[args.weights])[1][:, 0]
-        images = torch.cat([x, model.decode(z).sigmoid(), model.decode(torch.randn(60, args.latent).to(z)).sigmoid()])
-        axes = figure.subplots()
-        axes.imshow(images.view(5, 20, 28, 28).transpose(1, 2).reshape(140, 560).cpu(), cmap="gray")
-        axes.set(xticks=[], yticks=[14, 42, 98], yticklabels=["test", "reconstruction", "samples"])
+    if panels == 1:
+        draws = log_weights(model, data[2][:20], args.k[0], args.proposal, POWERS[args.weights])[1][:, 0]
+        z = torch.cat([draws, torch.randn(60, args.latent, device=device)])
+        grid = torch.cat([data[2][:20], model.decode(z).sigmoid()]).view(5, 20, 28, 28).transpose(1, 2)
+        axes[0].imshow(grid.reshape(140, 560).cpu(), cmap="gray")
+        axes[0].set(xticks=[], yticks=[14, 42, 98], yticklabels=["test", "reconstructed", "sampled"])
+    elif len(args.k) > 1:
+        for arm in args.compare:
+            points = [row for row in rows if row["arm"] == arm]
+            for ax, key in zip(axes, ("bound", "nll")):
+                ax.errorbar(*([row[name] for row in points] for name in ("k", key, f"{key}_std")), label=arm, marker="o")
+                ax.set(xlabel="k", ylabel=key)
     else:
-        shown = args.k[0] + 2 if args.latent == 2 and not rows else 0
-        figure = Figure(figsize=(9, 3.2) if not shown else (2.4 * (shown + 2), 2.6), layout="constrained")
-        panels = figure.subplots(1, shown + 2)
-        if shown:
-            draw_density(panels, args, model)
         for name, curve in curves.items():
             steps, bounds, variances = zip(*curve)
-            panels[-2].plot(steps, bounds if args.task == "images" else [-bound for bound in bounds], label=name)
-            panels[-1].plot(steps, variances, label=name)
-        log = dict(yscale="log") if args.task == "density" else {}
-        panels[-2].set(xlabel="step", ylabel="bound" if args.task == "images" else "gap", **log)
-        panels[-1].set(xlabel="step", ylabel="Var(log p_hat)", **log)
-        panels[-1].legend(frameon=False, fontsize="x-small")
+            axes[-2].plot(steps, [-bound for bound in bounds], label=name)
+            axes[-1].plot(steps, variances, label=name)
+        axes[-2].set(xlabel="step", ylabel="gap" if args.task == "density" else "-bound", **log)
+        axes[-1].set(xlabel="step", ylabel="Var(log p_hat)", **log)
+    if panels == 2:
+        axes[1].legend(frameon=False, fontsize="x-small")
+    if panels > 2:
+        z0s, axis = [], torch.linspace(-6, 6, 200, device=device)
+        hook = model.q.register_forward_pre_hook(lambda _, inputs: z0s.append(inputs[0].norm(dim=-1)))  # (N, J)
+        log_w, z, _ = log_weights(model, axis.new_zeros(100_000, 0), args.k[0], args.proposal, POWERS[args.weights])
+        hook.remove()
+        chosen = z[torch.arange(len(z), device=device), torch.multinomial(log_w.softmax(1), 1)[:, 0]]
+        target = model.target(torch.cartesian_prod(axis, axis)).exp().view(200, 200).T
+        axes[0].imshow(target.cpu(), origin="lower", extent=(-6, 6, -6, 6), cmap="Blues")
+        axes[1].hist2d(*chosen.T.cpu().numpy(), bins=120, range=((-6, 6), (-6, 6)), cmap="Blues")
+        for j in range(args.k[0]):
+            axes[2 + j].scatter(*z[:4000, j].T.cpu(), c=z0s[0].expand(z.shape[:2])[:4000, j].cpu(), s=1, cmap="hsv")
+        for ax, title in zip(axes, ["target", "resampled", *(f"proposal {j + 1}" for j in range(args.k[0]))]):
+            ax.set(title=title, xlim=(-6, 6), ylim=(-6, 6), aspect="equal", xticks=[], yticks=[])
     figure.savefig(path, dpi=150)
-
-
-def draw_density(panels, args, model):
-    """Target, resampled posterior and one scatter a proposal, coloured by |z0|."""
-    k, axis = args.k[0], torch.linspace(-6, 6, 200, device=next(model.parameters()).device)
-    z0s = []
-    hook = model.q.register_forward_pre_hook(lambda _, inputs: z0s.append(inputs[0]))
-    log_w, z, _ = log_weights(model, axis.new_zeros(200_000, 0), k, args.proposal, POWERS[args.weights])
-    hook.remove()
-    size = z0s[0].norm(dim=-1).expand(-1, k).cpu()                                          # (N, k) of |z0|
-    z, target = z.cpu(), model.target(torch.cartesian_prod(axis, axis)).exp().view(200, 200).T.cpu()
-    panels[0].imshow(target, origin="lower", extent=(-6, 6, -6, 6), cmap="Blues")
-    chosen = z[torch.arange(len(z)), torch.multinomial(log_w.softmax(1).cpu(), 1)[:, 0]]
-    panels[1].hist2d(*chosen.T.tolist(), bins=120, range=((-6, 6), (-6, 6)), cmap="Blues")
-    for j in range(k):
-        panels[2 + j].scatter(*z[:4000, j].T, c=size[:4000, j], s=1, cmap="hsv")
-    for axes, title in zip(panels, ["target", "resampled", *(f"proposal {j + 1}" for j in range(k))]):
-        axes.set(title=title, xlim=(-6, 6), ylim=(-6, 6), aspect="equal", xticks=[], yticks=[])
 
 
 # -------- Arguments
@@ -524,12 +483,8 @@ def arm_flags(arm):
     """"joint:balance:dreg" -> dict(proposal="joint", weights="balance", grad="dreg"); missing are uniform and plain."""
     found = re.fullmatch("(joint|independent|iid|gaussian)(?::(balance|power))?(?::(dreg|official))?", arm)
     if not found:
-        fail(f"--compare {arm}; allowed: joint, independent, iid, gaussian, then :balance or :power, then :dreg or :official")
+        fail(f"--compare {arm}; allowed: joint, independent, iid or gaussian, then :balance or :power, :dreg or :official")
     return dict(proposal=found[1], weights=found[2] or "uniform", grad=found[3] or "plain")
-
-
-def default_reverse(args):
-    return "own" if args.weights == "uniform" and args.proposal in ("joint", "independent") else "shared"
 
 
 def parse(argv):
@@ -539,65 +494,50 @@ def parse(argv):
     parser.error = fail
     data = parser.add_argument_group("data").add_argument
     data("--task", choices=("density", "images"), default="density" if there[0] == "cpu" else "images",
-         help="fit proposals to a known density, or train encoder and decoder on images")
+         help="fit proposals to a density, or train encoder and decoder")
     data("--target", choices=[*TARGETS], default="u2", help="density")
     data("--data", choices=("mnist", "glyphs"), help="images; None is mnist, or glyphs where that can't be had")
-    data("--binarise", choices=("dynamic", "static"), default="dynamic", help="training images: a draw at every use, or "
-         "one draw for all (of our own: not the file that others call static MNIST)")
-    data("--test_images", type=int, default=500 if there[0] == "cpu" else 10_000, help="of the test set, from its start")
+    data("--binarise", choices=("dynamic", "static"), default="dynamic", help="training images at every use, or once")
+    data("--test_images", type=int, help="of the test set, from its start")
     model = parser.add_argument_group("model").add_argument
     model("--proposal", choices=("joint", "independent", "iid", "gaussian"), default="joint", help="how samples are drawn")
-    model("--weights", choices=[*POWERS], default="uniform", help="heuristic: uniform, balance, or power 2")
-    model("--reverse", choices=("own", "shared"), help="r_j or one r; None is own for uniform weights of several q_j")
+    model("--weights", choices=[*POWERS], default="uniform", help="heuristic: none, balance, or power 2")
+    model("--reverse", choices=("own", "shared"), help="r_j or one r; None is own with uniform weights, else shared")
     model("--k", type=int, nargs="+", help="samples; several only with --compare")
-    model("--latent", type=int, help="dimensions of z, and of z0")
     model("--hidden", type=int, help="hidden units of q0, q_j and r; 0 makes them linear")
     optimisation = parser.add_argument_group("optimisation").add_argument
-    optimisation("--grad", choices=("plain", "dreg", "official"), default="plain", help="gradient; official is biased")
+    optimisation("--grad", choices=("plain", "dreg", "official"), default="plain", help="estimator; official is biased")
     optimisation("--steps", type=int, help="optimiser steps of a run")
     optimisation("--batch", type=int, help="images, or draws of z0, a step")
     optimisation("--lr", type=float, help="learning rate of Adam")
-    optimisation("--anneal", type=int, default=0, help="steps in which the weight of the KL terms rises to 1")
-    optimisation("--free_bits", type=float, default=-math.inf, help="floor of each sample's KL term, in nats")
-    optimisation("--average", type=float, default=0.0, help="decay of the weight average that is evaluated, 0 for none")
     run = parser.add_argument_group("run").add_argument
     run("--compare", nargs="*", metavar="ARM", help="train arms spelled proposal:weights:grad; the default shows all")
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=1337, help="of weights, batches and noise")
     run("--nll_samples", type=int, help="importance samples an image of the final evaluation")
-    run("--plot", metavar="FILE.png", help="draw proposals, or images, or with --compare bound and variance")
+    run("--plot", metavar="FILE.png", help="draw proposals or images, with --compare bound and variance")
     run("--out_dir", default="out/hier_iwae", help="for checkpoint.pt, log.jsonl, metrics.json")
     run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit")
     run("--eval_interval", type=int, help="steps between evaluations, each with a checkpoint; None is a 20th of --steps")
     run("--device", choices=there, default=there[0], help="of what this machine has")
     args = parser.parse_args(argv)
-    small = DEFAULTS["images on cpu"] if args.task == "images" and args.device == "cpu" else {}
     name = "loggamma" if args.task == "density" and args.target == "loggamma" else args.task
+    small = DEFAULTS["images on cpu"] if args.task == "images" and args.device == "cpu" else {}
     parser.set_defaults(**DEFAULTS[name] | small)  # once more, now that it is known what suits the run
     args = parser.parse_args(argv)
     args.eval_interval = max(1, args.steps // 20) if args.eval_interval is None else args.eval_interval
     args.compare = ARMS[args.task].split() if args.compare == [] else args.compare
-    for arm in args.compare or []:
-        arm_flags(arm)
-    if not args.compare:
-        args.reverse = args.reverse or default_reverse(args)
-    lowest = dict(latent=1, hidden=0, steps=1, batch=1, eval_interval=1, seeds=1, seed=0, lr=0, anneal=0, average=0,
-                  nll_samples=2 * max(args.k), test_images=2)
-    dimensions = 1 if args.target == "loggamma" else 2
+    weights = [arm_flags(arm)["weights"] for arm in args.compare or []] or [args.weights]
+    lowest = dict(hidden=0, steps=1, batch=1, eval_interval=1, seeds=1, seed=0, lr=0, nll_samples=2 * max(args.k),
+                  test_images=10)
     for wrong, message in (
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
-            (min(args.k) < 1, f"--k {min(args.k)}; allowed: 1 or more"),
-            (len(args.k) > 1 and not args.compare, f"--k {args.k}; allowed: one number, several only with --compare"),
-            (args.average >= 1, f"--average {args.average}; allowed: below 1"),
-            (math.isnan(args.free_bits), f"--free_bits {args.free_bits}; allowed: a number"),
-            (args.task == "density" and args.latent != dimensions,
-             f"--latent {args.latent}: the target {args.target} has {dimensions} dimensions; allowed: {dimensions}"),
-            (args.reverse == "own" and args.weights != "uniform",
-             f"--reverse own with --weights {args.weights} is biased: E p_hat = p(x) needs sum_j pi_j(z, z0) r_j(z0 | z) "
-             "to integrate to 1 over z0, so that weights that depend on z allow: --reverse shared"),
-            (args.grad != "plain" and (args.anneal or args.free_bits > -math.inf),
-             f"--grad {args.grad}; allowed: without --anneal and --free_bits, whose objective is another one"),
+            (min(args.k) < 1 or len(args.k) > 1 and not args.compare,
+             f"--k {' '.join(map(str, args.k))}; allowed: 1 or more, several only with --compare"),
+            (args.reverse == "own" and weights != ["uniform"] * len(weights),
+             "--reverse own; allowed: with uniform weights. Weights pi_j that depend on z are biased with it: E p_hat is p(x) "
+             "only where sum_j pi_j(z, z0) r_j(z0 | z) integrates to 1 over z0"),
             (args.compare and args.resume, "--compare; allowed: without --resume"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
@@ -615,13 +555,15 @@ def main(argv=None):
             train_images, test_images, dataset = load_digits(args.data)
         except (OSError, ValueError) as error:
             fail(f"--data: {error}")
-        grey, val = train_images.to(device).tensor_split([len(train_images) * 5 // 6])
-        grey = binarised(grey, 0) if args.binarise == "static" else grey
-        data = grey, binarised(val, 1), binarised(test_images[:args.test_images].to(device), 2)
+        train_images, val_images = train_images.to(device).tensor_split([len(train_images) * 5 // 6])
+        train_images = binarised(train_images, 0) if args.binarise == "static" else train_images
+        data = train_images, binarised(val_images, 1), binarised(test_images[:args.test_images].to(device), 2)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     bf16 = args.device == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    print(f"{name}, {'bfloat16 networks (capability 8.0 or more)' if bf16 else 'float32'}, {dataset}")
-    model = rows = None
+    model = HIWAE(args).to(device)
+    print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, PyTorch kernels")
+    rows = None
     if args.compare:
         rows, curves = compare(args, data, device, out_dir)
         result = dict(rows=rows)
@@ -629,7 +571,7 @@ def main(argv=None):
         model, result, curves = train(args, data, device, out_dir)
         curves = {args.proposal: curves}
         for key, value in result.items():
-            print(f"{key:22}{value:,.5f}")
+            print(f"{key:24}{value:,.4f}")
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
