@@ -37,7 +37,8 @@ from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from data.mnist import load_digits
+from data.densities import TARGETS, log_normaliser
+from data.mnist import binarised, load_digits
 
 DEFAULTS = {
     "density": dict(k=[3], latent=2, hidden=64, context=1, batch=64, steps=3000, lr=1e-3, nll_samples=600_000,
@@ -57,29 +58,7 @@ ARCHITECTURE = "task target data binarise proposal weights reverse k hidden".spl
 POWERS = dict(uniform=0, balance=1, power=2)
 
 
-# -------- Targets: log-densities of z (..., d), not normalised
-
-def ring(z, radius, width, *bumps):
-    """A ring, times the sum of exp(-bump^2 / 2)."""
-    return (-0.5 * ((z.norm(dim=-1) - radius) / width) ** 2
-            + torch.stack([-0.5 * bump(*z.unbind(-1)) ** 2 for bump in bumps]).logsumexp(0))
-
-
-TARGETS = {
-    "u1": lambda z: ring(z, 2, 0.4, lambda x, y: (x - 2) / 0.6, lambda x, y: (x + 2) / 0.6),
-    "u2": lambda z: ring(z, 8 ** 0.5, 0.5 ** 0.5, lambda x, y: (x - 2) / 0.6, lambda x, y: torch.sin(x) / 0.5,
-                         lambda x, y: (x + y + 2.5) / 0.6),
-    "loggamma": lambda z: (0.5 * z - z.exp()).sum(-1),
-}
-
-
-def log_normaliser(target, d):
-    """log of the integral of exp(target), by the trapezoid rule on [-10, 10]^2, or on [-60, 60]."""
-    axis = torch.linspace(-10, 10, 1001).double() if d == 2 else torch.linspace(-60, 60, 100_001).double()
-    return (target(torch.cartesian_prod(*[axis] * d).view(-1, d)).logsumexp(0) + d * (axis[1] - axis[0]).log()).item()
-
-
-# -------- Model. N images, k samples, J = 1 (joint) or k draws of z0, L proposals (k, or 1 if iid), d latent, C context.
+# -------- Model. N images, k samples, J draws of z0 (1 if joint), L proposals (1 if iid), d latent, C context
 
 class Modulated(nn.Module):
     """scale(c) * (W x) + bias(c), the rows of W of length 1: a linear layer that the context c (..., C) turns."""
@@ -192,11 +171,11 @@ def own(t):
 def log_weights(model, x, k, proposal, power, grad="plain"):
     """log w (N, k), z (N, k, d) and a scalar whose gradient is that of -bound, by the estimator grad.
 
-    With v_j = w_j / sum_l w_l: plain differentiates log sum_j w_j. dreg drops the scores of q0 and q_j and scales what
-    goes through the samples. For theta_l = (mean, std) of q_l and d_j ~ q_j^(1-p) / sum_l q_l^p the score is
-    v_j sum_l a_jl dlog q_l(z_j), a_jl = (1-p) [j=l] + p rho_jl, rho_j = softmax_l p log q_l(z_j), and a z_j of q_j is one
-    of q_l at another noise (Bauer and Mnih, arXiv 2101.11046): E v_j a_jl dlog q_l(z_j)/dtheta_l =
-    E (d/dz (v_j a_jl) + v_j a_jl d/dz log (q_j/q_l)) dz_jl/dtheta_l. For p = 0 this is v_j^2 dlog w_j/dz, as in DReG.
+    v_j = w_j / sum_l w_l. plain differentiates log sum_j w_j. dreg drops the scores of q0 and q_j and scales what goes
+    through the samples. With theta_l = (mean, std) of q_l and d_j ~ q_j^(1-p) / sum_l q_l^p the score of q is
+    v_j sum_l a_jl dlog q_l(z_j), a_jl = (1-p) [j=l] + p rho_jl, rho_j = softmax_l p log q_l(z_j). A z_j of q_j is one
+    of q_l at another noise (Bauer and Mnih, arXiv 2101.11046), so E v_j a_jl dlog q_l(z_j)/dtheta_l =
+    E (d/dz (v_j a_jl) + v_j a_jl d/dz log (q_j/q_l)) dz_jl/dtheta_l. With p = 0 there remains v_j^2 dlog w_j/dz.
     """
     N, p, hooked = len(x), power, []
 
@@ -215,7 +194,7 @@ def log_weights(model, x, k, proposal, power, grad="plain"):
     noise = torch.randn(N, k, mean.shape[-1], device=c.device, dtype=c.dtype)
     z = own(mean) + own(std) * noise                                                        # (N, k, d)
     mean_q, std_q, context, L = mean, std, c, mean.shape[2]
-    mine = torch.ones(k, 1, device=c.device) if L == 1 else torch.eye(k, device=c.device)   # (k, L), [j = l]
+    mine = c.new_ones(k, 1) if L == 1 else torch.eye(k, device=c.device)       # (k, L), [j = l]
     if grad == "official":
         mean_q, std_q = mean.detach(), std.detach()
         z, z0, m0, s0, context = map(scaled, (z, z0, m0, s0, c))
@@ -231,7 +210,7 @@ def log_weights(model, x, k, proposal, power, grad="plain"):
     log_q = log_normal(z[:, :, None], mean_q, std_q)                                        # (N, k, L)
     log_d = (1 - p) * (log_q * mine).sum(2) + (p * log_q).logsumexp(2) - math.log(L)
     log_r = log_normal(z0, *(own(t) for t in model.r(z, context)))
-    log_w = model.log_likelihood(x, z) + model.log_prior(z) + log_r - log_normal(z0, m0, s0) - log_d  # (N, k)
+    log_w = model.log_likelihood(x, z) + model.log_prior(z) + log_r - log_normal(z0, m0, s0) - log_d
     if grad == "plain":
         return log_w, z, math.log(k) - log_w.logsumexp(1).mean()
     v = log_w.softmax(1).detach()
@@ -241,7 +220,7 @@ def log_weights(model, x, k, proposal, power, grad="plain"):
     surrogate = (v * log_w).sum(1)
     if grad == "dreg":
         rho, score = (p * log_q).softmax(2).detach(), -noise_l / std.detach()               # score: d log q_l / dz
-        rho, a = rho[..., None], ((1 - p) * mine + p * rho)[..., None]                     # (N, k, L, 1)
+        rho, a = rho[..., None], ((1 - p) * mine + p * rho)[..., None]                      # (N, k, L, 1)
         factor = mine[..., None] - a * (1 - v[..., None, None])
         paths_v.register_hook(lambda g: g * factor)
         rest = p * p * rho * (score - (rho * score).sum(2, True)) + a * ((mine[..., None] * score).sum(2, True) - score)
@@ -254,7 +233,7 @@ def log_weights(model, x, k, proposal, power, grad="plain"):
 def statistics(log_w):
     """Of log_w (N, R, k), R draws of k weights for each of N images: a dict of means over the images.
 
-    With Y = p_hat / p: Var(Y) = variance_part + covariance_part, the sums over i = j and i != j of Cov(w_i, w_j) / (k p)^2.
+    Var(p_hat / p) = variance_part + covariance_part, the sums over i = j and i != j of Cov(w_i, w_j) / (k p)^2.
     NAME_se is the standard error of the draws, from ten blocks of them."""
     log_w = log_w.double()
     N, R, k = log_w.shape
@@ -319,14 +298,8 @@ def load_checkpoint(path, device, args):
     return state
 
 
-def binarised(grey, seed):
-    """One draw of grey (N, 1, 28, 28) uint8 as probabilities, the same on every device."""
-    noise = torch.rand(grey.shape, generator=torch.Generator().manual_seed(seed)).to(grey.device)
-    return (noise < grey / 255).float()
-
-
 def train(args, data, device, out_dir):
-    """Train on data, (train, validation, test) images, or None for a density; checkpoint.pt and log.jsonl go to out_dir.
+    """Train on data, (train, validation, test) images, or None for a density; writes checkpoint.pt and log.jsonl.
 
     Returns (model, metrics, curves); curves holds (step, bound, var_log_p_hat). Ctrl-C saves and exits."""
     began, cuda = time.time(), device.type == "cuda"
@@ -405,7 +378,7 @@ def train(args, data, device, out_dir):
 
 
 def compare(args, data, device, out_dir):
-    """Every arm, for every --k and seed, at equal steps and batches. Returns (rows, {name: curves of the last seed})."""
+    """Every arm, for every --k and seed, at equal steps and batches: (rows, {name: curves of the last seed})."""
     rows, curves = [], {}
     for arm, k in ((arm, k) for arm in args.compare for k in args.k):
         name, runs = f"{arm}, k = {k}", []
@@ -428,47 +401,42 @@ def compare(args, data, device, out_dir):
 
 @torch.no_grad()
 def plot(path, args, model, data, curves, rows):
-    """One run: the proposals coloured by |z0|, or images. Comparison: gap and variance over training, or over several k."""
+    """A density: the proposals coloured by |z0|. Images: some. Comparison: bound and variance over steps, or over k."""
     from matplotlib.figure import Figure
-    device, log = next(model.parameters()).device, dict(yscale="log" if args.task == "density" else "linear")
-    panels = 1 if args.task == "images" and not rows else 2 + (2 + args.k[0] if args.latent == 2 and not rows else 0)
-    figure = Figure(figsize=(9 if panels < 3 else 1.9 * panels, 3.2 if panels < 3 else 2.4), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    k, device = args.k[0], next(model.parameters()).device
+    shown = 0 if rows else 1 if data else (k + 2) * (args.latent == 2)  # pictures, to the left of the two curves
+    figure = Figure(figsize=(9, 3.2) if shown < 2 else (1.9 * (shown + 2), 2.4), layout="constrained")
+    axes = figure.subplots(1, shown + 2, width_ratios=[3 if data else 1] * shown + [1, 1])
     torch.manual_seed(0)
-    if panels == 1:
-        draws = log_weights(model, data[2][:20], args.k[0], args.proposal, POWERS[args.weights])[1][:, 0]
-        z = torch.cat([draws, torch.randn(60, args.latent, device=device)])
-        grid = torch.cat([data[2][:20], model.decode(z).sigmoid()]).view(5, 20, 28, 28).transpose(1, 2)
-        axes[0].imshow(grid.reshape(140, 560).cpu(), cmap="gray")
-        axes[0].set(xticks=[], yticks=[14, 42, 98], yticklabels=["test", "reconstructed", "sampled"])
-    elif len(args.k) > 1:
-        for arm in args.compare:
-            points = [row for row in rows if row["arm"] == arm]
-            for ax, key in zip(axes, ("bound", "nll")):
-                ax.errorbar(*([row[name] for row in points] for name in ("k", key, f"{key}_std")), label=arm, marker="o")
-                ax.set(xlabel="k", ylabel=key)
-    else:
-        for name, curve in curves.items():
-            steps, bounds, variances = zip(*curve)
-            axes[-2].plot(steps, [-bound for bound in bounds], label=name)
-            axes[-1].plot(steps, variances, label=name)
-        axes[-2].set(xlabel="step", ylabel="gap" if args.task == "density" else "-bound", **log)
-        axes[-1].set(xlabel="step", ylabel="Var(log p_hat)", **log)
-    if panels == 2:
-        axes[1].legend(frameon=False, fontsize="x-small")
-    if panels > 2:
-        z0s, axis = [], torch.linspace(-6, 6, 200, device=device)
-        hook = model.q.register_forward_pre_hook(lambda _, inputs: z0s.append(inputs[0].norm(dim=-1)))  # (N, J)
-        log_w, z, _ = log_weights(model, axis.new_zeros(100_000, 0), args.k[0], args.proposal, POWERS[args.weights])
+    if shown == 1:
+        draws = log_weights(model, data[2][:30], k, args.proposal, POWERS[args.weights])[1][:, 0]
+        images = model.decode(torch.cat([draws, torch.randn(30, args.latent, device=device)])).sigmoid()
+        grid = torch.cat([data[2][:30], images]).view(9, 10, 28, 28).transpose(1, 2).reshape(252, 280)
+        axes[0].imshow(grid.cpu(), cmap="gray", aspect="auto")
+        axes[0].set(xticks=[], yticks=[42, 126, 210], yticklabels=["test", "reconstructed", "sampled"])
+    if shown > 1:
+        z0, axis = [], torch.linspace(-6, 6, 200, device=device)
+        hook = model.q.register_forward_pre_hook(lambda _, inputs: z0.append(inputs[0].norm(dim=-1)))      # (N, J)
+        log_w, z, _ = log_weights(model, axis.new_zeros(100_000, 0), k, args.proposal, POWERS[args.weights])
         hook.remove()
-        chosen = z[torch.arange(len(z), device=device), torch.multinomial(log_w.softmax(1), 1)[:, 0]]
         target = model.target(torch.cartesian_prod(axis, axis)).exp().view(200, 200).T
         axes[0].imshow(target.cpu(), origin="lower", extent=(-6, 6, -6, 6), cmap="Blues")
+        chosen = z[torch.arange(len(z), device=device), torch.multinomial(log_w.softmax(1), 1)[:, 0]]
         axes[1].hist2d(*chosen.T.cpu().numpy(), bins=120, range=((-6, 6), (-6, 6)), cmap="Blues")
-        for j in range(args.k[0]):
-            axes[2 + j].scatter(*z[:4000, j].T.cpu(), c=z0s[0].expand(z.shape[:2])[:4000, j].cpu(), s=1, cmap="hsv")
-        for ax, title in zip(axes, ["target", "resampled", *(f"proposal {j + 1}" for j in range(args.k[0]))]):
+        for j in range(k):
+            axes[2 + j].scatter(*z[:4000, j].T.cpu(), c=z0[0].expand(z.shape[:2])[:4000, j].cpu(), s=1, cmap="hsv")
+        for ax, title in zip(axes, ["target", "resampled", *(f"proposal {j + 1}" for j in range(k))]):
             ax.set(title=title, xlim=(-6, 6), ylim=(-6, 6), aspect="equal", xticks=[], yticks=[])
+    if len(args.k) > 1:  # a line an arm, from the rows
+        curves = {arm: [(row["k"], row["bound"], row["var_log_p_hat"]) for row in rows if row["arm"] == arm]
+                  for arm in args.compare}
+    for name, curve in curves.items():
+        x, bounds, variances = zip(*curve)
+        axes[-2].plot(x, [bound if data else -bound for bound in bounds], label=name)
+        axes[-1].plot(x, variances, label=name)
+    for ax, label in zip(axes[-2:], ("bound" if data else "gap", "Var(log p_hat)")):
+        ax.set(xlabel="k" if len(args.k) > 1 else "step", ylabel=label, yscale="linear" if data else "log")
+    axes[-1].legend(frameon=False, fontsize="x-small")
     figure.savefig(path, dpi=150)
 
 
@@ -483,7 +451,7 @@ def arm_flags(arm):
     """"joint:balance:dreg" -> dict(proposal="joint", weights="balance", grad="dreg"); missing are uniform and plain."""
     found = re.fullmatch("(joint|independent|iid|gaussian)(?::(balance|power))?(?::(dreg|official))?", arm)
     if not found:
-        fail(f"--compare {arm}; allowed: joint, independent, iid or gaussian, then :balance or :power, :dreg or :official")
+        fail(f"--compare {arm}; allowed: joint, independent, iid, gaussian; then :balance, :power; :dreg, :official")
     return dict(proposal=found[1], weights=found[2] or "uniform", grad=found[3] or "plain")
 
 
@@ -500,7 +468,7 @@ def parse(argv):
     data("--binarise", choices=("dynamic", "static"), default="dynamic", help="training images at every use, or once")
     data("--test_images", type=int, help="of the test set, from its start")
     model = parser.add_argument_group("model").add_argument
-    model("--proposal", choices=("joint", "independent", "iid", "gaussian"), default="joint", help="how samples are drawn")
+    model("--proposal", choices=("joint", "independent", "iid", "gaussian"), default="joint", help="of samples")
     model("--weights", choices=[*POWERS], default="uniform", help="heuristic: none, balance, or power 2")
     model("--reverse", choices=("own", "shared"), help="r_j or one r; None is own with uniform weights, else shared")
     model("--k", type=int, nargs="+", help="samples; several only with --compare")
@@ -518,7 +486,7 @@ def parse(argv):
     run("--plot", metavar="FILE.png", help="draw proposals or images, with --compare bound and variance")
     run("--out_dir", default="out/hier_iwae", help="for checkpoint.pt, log.jsonl, metrics.json")
     run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit")
-    run("--eval_interval", type=int, help="steps between evaluations, each with a checkpoint; None is a 20th of --steps")
+    run("--eval_interval", type=int, help="steps between evaluations, with checkpoints; None: a 20th of --steps")
     run("--device", choices=there, default=there[0], help="of what this machine has")
     args = parser.parse_args(argv)
     name = "loggamma" if args.task == "density" and args.target == "loggamma" else args.task
@@ -536,8 +504,8 @@ def parse(argv):
             (min(args.k) < 1 or len(args.k) > 1 and not args.compare,
              f"--k {' '.join(map(str, args.k))}; allowed: 1 or more, several only with --compare"),
             (args.reverse == "own" and weights != ["uniform"] * len(weights),
-             "--reverse own; allowed: with uniform weights. Weights pi_j that depend on z are biased with it: E p_hat is p(x) "
-             "only where sum_j pi_j(z, z0) r_j(z0 | z) integrates to 1 over z0"),
+             "--reverse own; allowed: with uniform weights. With weights pi_j that depend on z it is biased: E p_hat "
+             "is p(x) only where sum_j pi_j(z, z0) r_j(z0 | z) integrates to 1 over z0"),
             (args.compare and args.resume, "--compare; allowed: without --resume"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
@@ -555,9 +523,9 @@ def main(argv=None):
             train_images, test_images, dataset = load_digits(args.data)
         except (OSError, ValueError) as error:
             fail(f"--data: {error}")
-        train_images, val_images = train_images.to(device).tensor_split([len(train_images) * 5 // 6])
-        train_images = binarised(train_images, 0) if args.binarise == "static" else train_images
-        data = train_images, binarised(val_images, 1), binarised(test_images[:args.test_images].to(device), 2)
+        images, val = train_images.to(device).tensor_split([len(train_images) * 5 // 6])
+        images = binarised(images, 0) if args.binarise == "static" else images
+        data = images, binarised(val, 1), binarised(test_images[:args.test_images].to(device), 2)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     bf16 = args.device == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     model = HIWAE(args).to(device)

@@ -18,8 +18,8 @@ SHA256 = {  # of the content: the gzip around it depends on who packed it
 def load_digits(name=None):
     """(train (N, 1, 28, 28) uint8, test (M, 1, 28, 28) uint8, name). Name: None, "mnist" or "glyphs".
 
-    MNIST has 60,000 and 10,000 images, glyphs 12,000 and 2,000. None takes MNIST and, where that is neither in the cache
-    nor to be had, glyphs. Raises OSError or ValueError that name the file and what to do.
+    MNIST has 60,000 and 10,000 images, glyphs 12,000 and 2,000. None takes MNIST and, where that is neither in the
+    cache nor to be had, glyphs. Raises OSError or ValueError that name the file and what to do.
     """
     if name is None:
         try:
@@ -30,6 +30,12 @@ def load_digits(name=None):
     if name == "glyphs":
         return *(load_glyphs(count, seed=seed)[0] for seed, count in enumerate((12_000, 2_000))), name
     return *(idx_images(file) for file in SHA256), name
+
+
+def binarised(grey, seed):
+    """One draw of grey (N, 1, 28, 28) uint8 as probabilities, float32 of 0 and 1, the same on every device."""
+    noise = torch.rand(grey.shape, generator=torch.Generator().manual_seed(seed)).to(grey.device)
+    return (noise < grey / 255).float()
 
 
 def idx_images(name):
