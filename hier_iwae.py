@@ -43,7 +43,7 @@ from data.mnist import binarised, load_digits
 DEFAULTS = {
     "density": dict(k=[3], latent=2, hidden=64, context=1, batch=64, steps=3000, lr=1e-3, nll_samples=600_000,
                     test_images=10),
-    "loggamma": dict(k=[2], latent=1, hidden=0, context=1, batch=256, steps=4000, lr=2e-2, nll_samples=1_000_000,
+    "loggamma": dict(k=[2], latent=1, hidden=0, context=1, batch=1024, steps=4000, lr=2e-2, nll_samples=1_000_000,
                      test_images=10),
     "images": dict(k=[5], latent=32, hidden=100, context=100, batch=128, steps=20_000, lr=1e-3, nll_samples=5000,
                    test_images=10_000),
@@ -387,7 +387,7 @@ def compare(args, data, device, out_dir):
             folder = out_dir / f"{arm} k {k} seed {seed}".replace(" ", "_").replace(":", "_")
             _, metrics, curves[name] = train(run, data, device, folder)
             runs.append(metrics)
-        rows.append(dict(name=name, arm=arm, k=k, seeds=args.seeds))
+        rows.append(dict(name=name, arm=arm, k=k, seeds=args.seeds, runs=runs))
         for key in runs[0]:
             values = torch.tensor([run[key] for run in runs], dtype=torch.float64)
             rows[-1] |= {key: values.mean().item(), f"{key}_std": values.std(correction=min(1, args.seeds - 1)).item()}
