@@ -107,6 +107,19 @@ class Residual(nn.Module):
         return x if self.last else F.elu(x)
 
 
+class Upsample(nn.Module):
+    """(N, C, n, n) -> (N, C, 2n, 2n), bilinear, as products with a matrix: on a GPU the gradient of F.interpolate adds
+    atomically, so that runs would differ in their last bits."""
+
+    def __init__(self, n):
+        super().__init__()
+        matrix = F.interpolate(torch.eye(n)[None], scale_factor=2, mode="linear")[0]            # (n, 2n)
+        self.register_buffer("matrix", matrix, persistent=False)
+
+    def forward(self, x):
+        return ((x @ self.matrix).mT.contiguous() @ self.matrix).mT
+
+
 class HIWAE(nn.Module):
     """q0, the q_j and r; for images an encoder and a decoder, for densities a target in the place of p(x, z)."""
 
@@ -124,14 +137,14 @@ class HIWAE(nn.Module):
             self.target = TARGETS[args.target]
             self.log_z = log_normaliser(self.target, d)
             return
-        conv, up = partial(nn.Conv2d, kernel_size=3, padding=1), nn.Upsample(scale_factor=2, mode="bilinear")
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         self.encoder = nn.Sequential(
             Residual(conv, 1, 16, stride=2), Residual(conv, 16, 16), Residual(conv, 16, 32, stride=2),
             Residual(conv, 32, 32), Residual(conv, 32, 32, stride=2), nn.Flatten(), Residual(nn.Linear, 512, C))
         self.decoder = nn.Sequential(
-            Residual(nn.Linear, d, C), Residual(nn.Linear, C, 512), nn.Unflatten(1, (32, 4, 4)), up,
-            Residual(conv, 32, 32), Residual(conv, 32, 32), nn.ZeroPad2d((0, -1, 0, -1)), up,
-            Residual(conv, 32, 16), Residual(conv, 16, 16), up, Residual(conv, 16, 1, last=True))
+            Residual(nn.Linear, d, C), Residual(nn.Linear, C, 512), nn.Unflatten(1, (32, 4, 4)), Upsample(4),
+            Residual(conv, 32, 32), Residual(conv, 32, 32), nn.ZeroPad2d((0, -1, 0, -1)), Upsample(7),
+            Residual(conv, 32, 16), Residual(conv, 16, 16), Upsample(14), Residual(conv, 16, 1, last=True))
         nn.init.constant_(self.decoder[-1].first.bias[1:], -3)  # most pixels are black
 
     def encode(self, x):
@@ -264,7 +277,7 @@ def evaluate(model, x, args, samples):
     k, rows = args.k[0], max(1, (500 if model.images and not x.is_cuda else 20_000) // args.k[0])
     x = x if model.images else x.new_zeros(min(rows, samples // k), 0)
     log_w, means = [], []
-    for _ in range(max(2, samples // k // (1 if model.images else len(x)))):
+    for _ in range(max(4, samples // k // (1 if model.images else len(x)))):
         parts = [log_weights(model, part, k, args.proposal, POWERS[args.weights]) for part in x.split(rows)]
         log_w.append(torch.cat([part[0] for part in parts]))
         means.append(torch.cat([part[1].mean(1) for part in parts]))                        # (N, d)
@@ -496,7 +509,7 @@ def parse(argv):
     args.eval_interval = max(1, args.steps // 20) if args.eval_interval is None else args.eval_interval
     args.compare = ARMS[args.task].split() if args.compare == [] else args.compare
     weights = [arm_flags(arm)["weights"] for arm in args.compare or []] or [args.weights]
-    lowest = dict(hidden=0, steps=1, batch=1, eval_interval=1, seeds=1, seed=0, lr=0, nll_samples=2 * max(args.k),
+    lowest = dict(hidden=0, steps=1, batch=1, eval_interval=1, seeds=1, seed=0, lr=0, nll_samples=4 * max(args.k),
                   test_images=10)
     for wrong, message in (
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")

@@ -500,6 +500,8 @@ class HierIWAE(unittest.TestCase):
         self.assertLess(result["rows"][1]["gap"], 0.8 * result["rows"][0]["gap"])
         flags = "--task images --data glyphs --k 2 --batch 8 --steps 60 --eval_interval 60 --lr 0.003 --nll_samples 8"
         images, printed = self.train(flags, "images")
+        x = torch.randn(2, 3, 7, 7)
+        torch.testing.assert_close(hier_iwae.Upsample(7)(x), F.interpolate(x, scale_factor=2, mode="bilinear"))
         self.assertTrue(-260 < images["bound"] <= -images["nll"], printed)  # it starts at -370
         for flags, words in (("--reverse own --weights balance", "--reverse own.*biased"), ("--k 0", "--k 0; allowed"),
                              ("--compare joint:power --reverse own", "--reverse own.*biased"), ("--k 2 3", "--k 2 3;"),
@@ -526,7 +528,7 @@ class HierIWAE(unittest.TestCase):
 
 class Repository(unittest.TestCase):
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 450, "sigmoid_gpt.py": 450, "hier_iwae.py": 560, "test_all.py": 650}
+        budgets = {"flashsigmoid.py": 450, "sigmoid_gpt.py": 450, "hier_iwae.py": 570, "test_all.py": 650}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
             self.assertLessEqual(len(lines), budgets.get(path.name, 90), path)
