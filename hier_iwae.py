@@ -449,7 +449,7 @@ def plot(path, args, model, data, curves, rows):
         axes[-1].plot(x, variances, label=name)
     for ax, label in zip(axes[-2:], ("bound" if data else "gap", "Var(log p_hat)")):
         ax.set(xlabel="k" if len(args.k) > 1 else "step", ylabel=label, yscale="linear" if data else "log")
-    axes[-1].legend(frameon=False, fontsize="x-small")
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
