@@ -418,7 +418,7 @@ def plot(path, args, model, data, curves, rows):
     from matplotlib.figure import Figure
     k, device = args.k[0], next(model.parameters()).device
     shown = 0 if rows else 1 if data else (k + 2) * (args.latent == 2)  # pictures, to the left of the two curves
-    figure = Figure(figsize=(9, 3.2) if shown < 2 else (1.9 * (shown + 2), 2.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.2) if shown < 2 else (1.9 * (shown + 2), 2.2), layout="constrained")
     axes = figure.subplots(1, shown + 2, width_ratios=[3 if data else 1] * shown + [1, 1])
     torch.manual_seed(0)
     if shown == 1:
@@ -449,7 +449,8 @@ def plot(path, args, model, data, curves, rows):
         axes[-1].plot(x, variances, label=name)
     for ax, label in zip(axes[-2:], ("bound" if data else "gap", "Var(log p_hat)")):
         ax.set(xlabel="k" if len(args.k) > 1 else "step", ylabel=label, yscale="linear" if data else "log")
-    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
+    if rows:
+        figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
