@@ -418,7 +418,7 @@ def plot(path, args, model, data, curves, rows):
     from matplotlib.figure import Figure
     k, device = args.k[0], next(model.parameters()).device
     shown = 0 if rows else 1 if data else (k + 2) * (args.latent == 2)  # pictures, to the left of the two curves
-    figure = Figure(figsize=(9, 3.2) if shown < 2 else (1.9 * (shown + 2), 2.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2) if shown < 2 else (1.9 * (shown + 2), 2.4), layout="constrained")
     axes = figure.subplots(1, shown + 2, width_ratios=[3 if data else 1] * shown + [1, 1])
     torch.manual_seed(0)
     if shown == 1:
