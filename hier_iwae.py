@@ -380,7 +380,7 @@ def train(args, data, device, out_dir):
             log.write(json.dumps(dict(step=step + 1, train_bound=train_bound, **found)) + "\n")
             state = dict(args=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict())
             save_checkpoint(out_dir / "checkpoint.pt", dict(state, step=step + 1, curves=curves))
-            tick = None
+            tick = time.time(), step
         if stop:
             bar.close()
             fail(f"interrupted at step {step + 1}; {out_dir / 'checkpoint.pt'} is saved, --resume goes on", status=130)
