@@ -14,22 +14,23 @@ def checksum(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def cached(name, url, sha256):
-    """The bytes of CACHE/name, downloaded first where it is missing.
+def cached(name, url, sha256, decode=bytes):
+    """The bytes of CACHE/name after decode, which has sha256, downloaded first where it is missing.
 
     Raises OSError where the file can be neither read nor downloaded, and ValueError that names it where its content is
     not what it should be: such a file is never used, nor kept.
     """
     path = CACHE / name
     fresh = not path.exists()
-    content = download(url) if fresh else path.read_bytes()
+    stored = download(url) if fresh else path.read_bytes()
+    content = decode(stored)
     if checksum(content) != sha256:
         raise ValueError(f"{url if fresh else path}: sha256 {checksum(content)}, expected {sha256}\n"
                          f"HINT: delete {path} to download it again from {url}")
     if fresh:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_bytes(content)
+        part.write_bytes(stored)
         part.replace(path)
     return content
 
