@@ -1,0 +1,635 @@
+"""
+Iterated learning of module networks, in the manner of "Iterated Learning for Emergent Systematicity in VQA" (2105.01119).
+
+A program generator reads a question q and says a program z, word by word; an execution engine runs z on the image x, one
+neural module a token, and answers y. They learn jointly,
+
+    L_engine = -log p(y | x, z),  z ~ p(z | q)        L_generator = -(r - b) log p(z | q) - mean over given log p(z* | q)
+
+with r = 1 for a right answer of a well-formed program, b its moving average, and z* the few given programs. Nothing
+here makes the programs systematic. Iterated learning does: every few thousand steps (a, interacting) the generator's
+language is sampled (b, transmitting), a new generator learns it from those samples in few steps (c), and a new engine
+learns to run what the new generator says (d). What is not regular is hard to learn again, and gets lost.
+
+    python nmn_iterated.py                trains for some generations and shows how the language changes
+    python nmn_iterated.py --compare      beside the same agents without generations
+
+Differs from the paper: TODO
+"""
+import argparse
+import importlib.util
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from data.shapes_questions import QUESTIONS, TOKENS, english, program
+from data.shapes_syget import load_shapes
+from flashsigmoid import sigmoid_attention
+
+WORDS = ["<pad>", *sorted({word for question in QUESTIONS for word in english(question).split()})]
+END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the longest program and its end take 8 steps
+ARITY = torch.tensor([0, 0] + [1] * (len(TOKENS) - 3) + [2])
+SEEN = 135  # the first questions are those of training; the rest are Val-OOD's
+DEFAULTS = {
+    "cpu": dict(batch=128, interact_steps=1000, generator_steps=300, engine_steps=1000, generations=4),
+    "gpu": dict(batch=512, interact_steps=1000, generator_steps=300, engine_steps=1000, generations=8),
+}
+ARCHITECTURE = "generator modules width hidden spectral_norm".split()
+
+
+# -------- Program generators. B questions, T words or tokens, V tokens, H hidden units.
+
+def encode(sentences, vocabulary, length):
+    """Lists of words -> (B, length) int64, padded with 0, and how many words each has (B,)."""
+    ids = torch.zeros(len(sentences), length, dtype=torch.long)
+    for row, sentence in enumerate(sentences):
+        ids[row, :len(sentence)] = torch.tensor([vocabulary.index(word) for word in sentence])
+    return ids, torch.tensor([len(sentence) for sentence in sentences])
+
+
+class LSTMGenerator(nn.Module):
+    """A bidirectional LSTM reads; an LSTM with additive attention, fed its last context, writes."""
+
+    def __init__(self, args):
+        super().__init__()
+        H = args.hidden
+        self.words, self.tokens = nn.Embedding(len(WORDS), H), nn.Embedding(START + 1, H)
+        self.forwards, self.backwards = (nn.LSTM(H, H, batch_first=True) for _ in range(2))
+        self.cell = nn.LSTMCell(3 * H, H)
+        self.key, self.query, self.score = nn.Linear(2 * H, H), nn.Linear(H, H, bias=False), nn.Linear(H, 1, bias=False)
+        self.out = nn.Linear(3 * H, len(TOKENS))
+
+    def read(self, words, lengths):
+        """words (B, T), lengths (B,) -> what `write` attends to."""
+        x = self.words(words)                                                                   # (B, T, H)
+        t = torch.arange(words.shape[1], device=words.device)
+        turned = ((lengths[:, None] - 1 - t) % words.shape[1])[..., None].expand_as(x)  # the words, last first
+        back = self.backwards(x.gather(1, turned))[0].gather(1, turned)
+        memory = torch.cat([self.forwards(x)[0], back], -1)                                     # (B, T, 2H)
+        state = x.new_zeros(3, len(x), self.cell.hidden_size)
+        return (memory, self.key(memory), t >= lengths[:, None]), (state[0], state[1], memory[:, 0] * 0)
+
+    def write(self, memory, state, token):
+        """One step: the last token (B,) -> logits (B, V) of the next, and the new state."""
+        memory, keys, padding = memory
+        h, c = self.cell(torch.cat([self.tokens(token), state[2]], -1), state[:2])
+        scores = self.score(torch.tanh(keys + self.query(h)[:, None]))[..., 0].masked_fill(padding, -math.inf)
+        context = (scores.softmax(-1)[:, None] @ memory)[:, 0]                                  # (B, 2H)
+        return self.out(torch.cat([h, context], -1)), (h, c, context)
+
+
+class SigmoidBlock(nn.Module):
+    """Pre-norm: self-attention, attention to a memory (in the writer), MLP; each with sigmoid attention."""
+
+    def __init__(self, H, writes):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(H) for _ in range(2 + writes))
+        self.queries, self.outs = (nn.ModuleList(nn.Linear(H, H) for _ in range(1 + writes)) for _ in range(2))
+        self.pairs = nn.ModuleList(nn.Linear(H, 2 * H) for _ in range(1 + writes))  # keys and values
+        self.mlp = nn.Sequential(nn.Linear(H, 4 * H), nn.GELU(), nn.Linear(4 * H, H))
+
+    def attend(self, i, x, source, lengths=None):
+        q, k, v = (y.unflatten(-1, (-1, 16)).transpose(1, 2)                                    # (B, heads, T, 16)
+                   for y in (self.queries[i](x), *self.pairs[i](source).chunk(2, -1)))
+        return self.outs[i](sigmoid_attention(q, k, v, k_lens=lengths).transpose(1, 2).flatten(2))
+
+    def forward(self, x, past, memory=None, lengths=None):
+        """x (B, T, H) sees `past` (B, Tk, H), which is normalised already and includes x."""
+        x = x + self.attend(0, self.norms[0](x), past, None if memory is not None else lengths)
+        if memory is not None:
+            x = x + self.attend(1, self.norms[2](x), memory, lengths)
+        return x + self.mlp(self.norms[1](x))
+
+
+class TransformerGenerator(nn.Module):
+    """Two blocks read and two write, with the sigmoid attention of flashsigmoid.py (arXiv 2409.04431)."""
+
+    def __init__(self, args):
+        super().__init__()
+        H = args.hidden
+        self.words, self.tokens = nn.Embedding(len(WORDS), H), nn.Embedding(START + 1, H)
+        self.positions = nn.Embedding(16, H)
+        self.readers, self.writers = (nn.ModuleList(SigmoidBlock(H, writes) for _ in range(2)) for writes in (0, 1))
+        self.norm, self.out = nn.LayerNorm(H), nn.Linear(H, len(TOKENS))
+
+    def read(self, words, lengths):
+        x = self.words(words) + self.positions.weight[:words.shape[1]]
+        for block in self.readers:
+            x = block(x, block.norms[0](x), lengths=lengths)
+        return (self.norm(x), lengths), [[], []]
+
+    def write(self, memory, state, token):
+        x = (self.tokens(token) + self.positions.weight[len(state[0])])[:, None]                # (B, 1, H)
+        for block, past in zip(self.writers, state):
+            past.append(block.norms[0](x))
+            x = block(x, torch.cat(past, 1), *memory)
+        return self.out(x[:, 0]), state
+
+
+def gumbel(*shape, device, generator=None):
+    return -torch.log(-torch.log(torch.rand(shape, device=device, generator=generator).clamp(1e-20, 1 - 1e-7)))
+
+
+def speak(generator, words, lengths, forced=None, noise=None):
+    """Programs (B, T) int64 for questions, and the log-probability (B,) of each, its <end> included.
+
+    noise (B, T, V), drawn from Gumbel's distribution, samples; None takes the likeliest token. Where forced (B, T) is
+    not -1, it is said instead. After <end> everything is <end> and counts for nothing.
+    """
+    memory, state = generator.read(words, lengths)
+    token, ended = torch.full_like(lengths, START), torch.zeros_like(lengths, dtype=torch.bool)
+    tokens, log_p = [], 0.0
+    for t in range(LENGTH):
+        logits, state = generator.write(memory, state, token)
+        token = (logits if noise is None else logits + noise[:, t]).argmax(-1)
+        if forced is not None:
+            token = torch.where(forced[:, t] < 0, token, forced[:, t])
+        token = token.masked_fill(ended, END)
+        log_p = log_p + logits.log_softmax(-1).gather(1, token[:, None])[:, 0].masked_fill(ended, 0)
+        ended = ended | (token == END)
+        tokens.append(token)
+    return torch.stack(tokens, 1), log_p
+
+
+# -------- Execution engines. Programs run from right to left, all examples at once. States are (B, P, D), D = width: P = 9
+# cells, or P = 1 in a Vector-NMN. The state of <end> is zero, and so is that of an operand that is not there.
+
+def parse(programs):
+    """programs (B, T) in prefix order -> (second, wellformed): where the second operand of the token at t begins (B, T),
+    T where there is none, and whether each program is one whole expression (B,). A first operand begins at t + 1."""
+    T = programs.shape[1]
+    length = (programs != END).long().cumprod(1).sum(1)
+    arity = ARITY.to(programs.device)[programs]
+    ends = length[:, None].repeat(1, T + 1)  # where the expression that begins at t ends; past the last token, there
+    second, wellformed = torch.full_like(programs, T), length > 0
+    for t in reversed(range(T)):
+        inside = t < length
+        one = torch.full_like(length, t + 1).minimum(length)
+        two = ends.gather(1, one[:, None])[:, 0]
+        three = ends.gather(1, two[:, None])[:, 0]
+        ends[:, t] = torch.where(inside, torch.stack([one, two, three], 1).gather(1, arity[:, t:t + 1])[:, 0], length)
+        second[:, t] = torch.where(inside & (arity[:, t] == 2) & (two < length), two, T)
+        lacks = (arity[:, t] > 0) & (one >= length) | (arity[:, t] == 2) & (two >= length)
+        wellformed = wellformed & ~(inside & lacks)
+    return second, wellformed & (ends[:, 0] == length)
+
+
+class SpectralNorm(nn.Module):
+    """weight (fan in, tokens, fan out) over the largest singular value of each token's matrix, by power iteration."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("u", F.normalize(torch.randn(weight.shape[1], weight.shape[2], 1), dim=1))
+
+    def forward(self, weight):
+        matrices = weight.transpose(0, 1)                                                       # (V, fan in, fan out)
+        if self.training:
+            with torch.no_grad():
+                v = F.normalize(matrices @ self.u, dim=1)
+                self.u.copy_(F.normalize(matrices.mT @ v, dim=1))
+        return weight / (matrices @ self.u.clone()).norm(dim=1)[:, 0, None]
+
+
+class Conv(nn.Module):
+    """A zero-padded 3 x 3 convolution of 3 x 3 cells (B, 9, C) -> (B, 9, D), with weights for each of `tokens`."""
+
+    def __init__(self, C, D, tokens=1, spectral_norm=False):
+        super().__init__()
+        bound = (9 * C) ** -0.5
+        self.weight = nn.Parameter(torch.empty(9 * C, tokens, D).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(tokens, D).uniform_(-bound, bound))
+        cells = [[3 * y + x if 0 <= y < 3 and 0 <= x < 3 else 9 for y in (r - 1, r, r + 1) for x in (c - 1, c, c + 1)]
+                 for r in range(3) for c in range(3)]
+        self.register_buffer("neighbours", torch.tensor(cells).flatten(), persistent=False)
+        if spectral_norm:
+            parametrize.register_parametrization(self, "weight", SpectralNorm(self.weight))
+
+    def forward(self, x, token=None):
+        """token (B,) chooses the weights."""
+        x = F.pad(x, (0, 0, 0, 1)).index_select(1, self.neighbours).view(len(x), 9, -1)         # (B, 9, 9C)
+        weight, bias = self.weight, self.bias
+        if token is None:
+            return x @ weight[:, 0] + bias[0]
+        if x.is_cuda:  # every token's convolution of every example: no gaps, no wait for how many examples each has
+            y = (x @ weight.flatten(1)).unflatten(2, bias.shape) + bias                         # (B, 9, V, D)
+            return y.gather(2, token.view(-1, 1, 1, 1).expand(-1, 9, 1, y.shape[3]))[:, :, 0]
+        order = token.argsort()
+        parts = x.index_select(0, order).split(token.bincount(minlength=len(bias)).tolist())
+        y = [part.new_zeros(len(part), 9, bias.shape[1]) if v in (END, SCENE) else part @ weight[:, v] + bias[v]
+             for v, part in enumerate(parts)]
+        return torch.cat(y).index_select(0, order.argsort())
+
+
+class TensorModules(nn.Module):
+    """Tensor-NMN: R_w(x) = ReLU(x + conv_w(ReLU(conv_w(x)))), own weights a token; `and` first joins its operands."""
+
+    def __init__(self, args):
+        super().__init__()
+        D = args.width
+        self.convs = nn.ModuleList(Conv(D, D, len(TOKENS), args.spectral_norm) for _ in range(2))
+        self.scene = nn.ModuleList(Conv(D, D, 1, args.spectral_norm) for _ in range(2))
+        self.join = nn.Linear(2 * D, D)
+
+    def look(self, x):
+        return F.relu(x + self.scene[1](F.relu(self.scene[0](x))))
+
+    def forward(self, scene, first, second, token):
+        x = torch.where((token == AND)[:, None, None], F.relu(self.join(torch.cat([first, second], -1))), first)
+        y = F.relu(x + self.convs[1](F.relu(self.convs[0](x, token)), token))
+        return torch.where((token == SCENE)[:, None, None], scene, y)
+
+
+class FilmModules(nn.Module):
+    """Tensor-FiLM-NMN (our form): one residual block for all tokens, each with its own scales and shifts."""
+
+    def __init__(self, args):
+        super().__init__()
+        D = args.width
+        self.film = nn.Embedding(len(TOKENS), 4 * D)
+        self.join = nn.Linear(3 * D, D)
+        self.convs = nn.ModuleList(Conv(D, D, 1, args.spectral_norm) for _ in range(2))
+
+    def look(self, x):
+        return x
+
+    def forward(self, scene, first, second, token):
+        g1, b1, g2, b2 = self.film(token)[:, None].chunk(4, -1)                                 # (B, 1, D) each
+        x = F.relu(self.join(torch.cat([scene, first, second], -1)))
+        y = F.relu(self.convs[0]((1 + 2 * torch.tanh(g1)) * x + b1))
+        return F.relu(x + self.convs[1]((1 + 2 * torch.tanh(g2)) * y + b2))
+
+
+class VectorModules(nn.Module):
+    """Vector-NMN: every call looks at the image again, through FiLM from its token and operands, and returns a vector."""
+
+    def __init__(self, args):
+        super().__init__()
+        D = args.width
+        self.tokens = nn.Embedding(len(TOKENS), D)
+        self.film = nn.ModuleList(nn.Sequential(nn.Linear(3 * D, 3 * D), nn.ReLU(), nn.Linear(3 * D, 2 * D))
+                                  for _ in range(4))
+        self.convs = nn.ModuleList(Conv(D, D, 1, args.spectral_norm) for _ in range(4))
+
+    def look(self, x):
+        return x
+
+    def forward(self, scene, first, second, token):
+        condition = torch.cat([self.tokens(token)[:, None], first, second], -1)                 # (B, 1, 3D)
+        (g1, b1), (g2, b2), (g3, b3), (g4, b4) = (film(condition).chunk(2, -1) for film in self.film)
+        x = scene
+        for first_film, second_film, convs in (((g1, b1), (g2, b2), self.convs[:2]), ((g3, b3), (g4, b4), self.convs[2:])):
+            y = F.relu(convs[0]((1 + 2 * torch.tanh(first_film[0])) * x + first_film[1]))
+            x = F.relu(x + convs[1]((1 + 2 * torch.tanh(second_film[0])) * y + second_film[1]))
+        return x.amax(1, keepdim=True)
+
+
+class Engine(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        D = args.width
+        self.stem = nn.Sequential(nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, D), nn.ReLU())  # a cell is 10 x 10 x 3
+        self.cells = dict(tensor=TensorModules, film=FilmModules, vector=VectorModules)[args.modules](args)
+        self.states = 1 if args.modules == "vector" else 9
+        self.classifier = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, 2))
+
+    def forward(self, images, programs):
+        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2), wellformed (B,), the state at each token (B, T, P, D).
+
+        An ill-formed program answers with the state of its first token."""
+        second, wellformed = parse(programs)
+        T = programs.shape[1]
+        with parametrize.cached():  # a spectral norm is taken once
+            scene = self.cells.look(self.stem(images / 255.0))                                  # (B, 9, D)
+            states = [torch.zeros_like(scene[:, :self.states])]                                 # of T; then T - 1, ...
+            for t in reversed(range(T)):
+                index = (T - second[:, t]).view(-1, 1, 1, 1).expand(-1, 1, *states[0].shape[1:])
+                operand = torch.stack(states, 1).gather(1, index)[:, 0]
+                token = programs[:, t]
+                state = self.cells(scene, states[-1], operand, token)
+                states.append(state.masked_fill((token == END)[:, None, None], 0))
+        states = torch.stack(states[:0:-1], 1)
+        return self.classifier(states[:, 0].amax(1)), wellformed, states
+
+
+def run_recursively(engine, image, tokens):
+    """What `Engine` computes, of one image (9, 300) and the list of its program, as in a textbook: (logits (2,), rest)."""
+    scene = engine.cells.look(engine.stem(image[None] / 255.0))
+    zero = torch.zeros_like(scene[:, :engine.states])
+
+    def run(rest):
+        if not rest or rest[0] == END:
+            return zero, rest
+        token, rest, operands = rest[0], rest[1:], []
+        for _ in range(ARITY[token]):
+            operand, rest = run(rest)
+            operands.append(operand)
+        first, second = (operands + [zero, zero])[:2]
+        return engine.cells(scene, first, second, torch.tensor([token], device=image.device)), rest
+
+    state, rest = run(tokens)
+    return engine.classifier(state.amax(1))[0], rest
+
+
+# -------- Losses
+
+def interacting_loss(generator, engine, data, rows, given, baseline, weight):
+    """(loss, reward (B,)): cross-entropy of the engine; of the generator, REINFORCE and the given programs."""
+    images, questions, answers = (x[rows] for x in data.train)
+    asked = torch.cat([questions, given])
+    forced = torch.cat([torch.full_like(data.programs[questions], -1), data.programs[given]])
+    noise = gumbel(len(asked), LENGTH, len(TOKENS), device=rows.device)
+    programs, log_p = speak(generator, data.words[asked], data.lengths[asked], forced, noise)
+    logits, wellformed, _ = engine(images, programs[:len(rows)])
+    reward = ((logits.argmax(1) == answers) & wellformed).float()
+    policy = ((reward - baseline) * log_p[:len(rows)]).mean()
+    return F.cross_entropy(logits, answers) - policy - weight * log_p[len(rows):].sum() / max(1, len(given)), reward
+
+
+def generator_loss(generator, data, questions, programs):
+    """Cross-entropy of programs (B, T), summed over a program, mean over the batch."""
+    return -speak(generator, data.words[questions], data.lengths[questions], programs)[1].mean()
+
+
+def engine_loss(generator, engine, data, rows):
+    """(loss, right (B,)): cross-entropy of the answers to what the generator says; without one, to the true programs."""
+    images, questions, answers = (x[rows] for x in data.train)
+    programs = data.programs[questions]
+    if generator is not None:
+        with torch.no_grad():
+            noise = gumbel(len(rows), LENGTH, len(TOKENS), device=rows.device)
+            programs, _ = speak(generator, data.words[questions], data.lengths[questions], noise=noise)
+    logits = engine(images, programs)[0]
+    return F.cross_entropy(logits, answers), (logits.argmax(1) == answers).float()
+
+
+def transmit(generator, data, count):
+    """count questions of training, drawn at random, and what the generator says to each, sampled: the transmitted set."""
+    questions = torch.randint(SEEN, (count,), device=data.words.device)
+    with torch.no_grad():
+        noise = gumbel(count, LENGTH, len(TOKENS), device=questions.device)
+        return questions, speak(generator, data.words[questions], data.lengths[questions], noise=noise)[0]
+
+
+# -------- Evaluation
+
+@torch.no_grad()
+def evaluate(generator, engine, data, transmitted=None):
+    """Greedy programs of all questions: answers and programs right, on Val-IID and Val-OOD, and how the language is.
+
+    Without a generator, the true programs. Draws nothing from the random numbers of training."""
+    engine.eval()
+    found, programs, count = {}, data.programs, 16
+    if generator is not None:
+        programs, _ = speak(generator, data.words, data.lengths)
+        source = torch.Generator(programs.device).manual_seed(0)
+        noise = gumbel(count * SEEN, LENGTH, len(TOKENS), device=programs.device, generator=source)
+        words, lengths = data.words[:SEEN].repeat(count, 1), data.lengths[:SEEN].repeat(count)
+        found["entropy"] = -speak(generator, words, lengths, noise=noise)[1].mean().item()  # nats a program
+    right, valid = (programs == data.programs).all(1), parse(programs)[1]
+    for split, part in (("val_iid", slice(SEEN)), ("val_ood", slice(SEEN, None))):
+        answers = [engine(images, programs[questions])[0].argmax(1) == y for images, questions, y in
+                   zip(*(x.split(2048) for x in getattr(data, split)))]
+        found[f"{split}_acc"] = torch.cat(answers).float().mean().item()
+        found[f"{split}_program_acc"] = right[part].float().mean().item()
+        found[f"{split}_valid"] = valid[part].float().mean().item()
+    if transmitted is not None:
+        questions, said = transmitted
+        found["agreement"] = (programs[questions] == said).all(1).float().mean().item()
+    engine.train()
+    return found
+
+
+# -------- Training
+
+def replayed(step, device):
+    """On CUDA, `step` as a graph from its fourth call on: its kernels are so small that to launch them takes longer."""
+    if device.type != "cuda":
+        return step
+    side, graph, seen = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+
+    def call():
+        if len(seen) < 3:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                seen.append(step())
+            torch.cuda.current_stream().wait_stream(side)
+            return seen[-1]
+        if len(seen) == 3:
+            with torch.cuda.graph(graph):
+                seen.append(step())
+        graph.replay()
+        return seen[3]
+
+    return call
+
+
+def save_checkpoint(path, state):
+    """Write another file, then rename it: a kill in between leaves the old checkpoint whole."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def load_checkpoint(path, device, args):
+    if not path.exists():
+        fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
+    state = torch.load(path, map_location=device, weights_only=True)
+    differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE + SCHEDULE
+                 if state["args"][name] != getattr(args, name)]
+    if differing:
+        fail(f"--resume: {path} is another run: {'; '.join(differing)}")
+    return state
+
+
+def new_agent(kind, args, device):
+    """A fresh generator or engine and its optimiser, which knows nothing of earlier ones."""
+    kinds = dict(engine=Engine, generator=dict(lstm=LSTMGenerator, transformer=TransformerGenerator)[args.generator])
+    agent = kinds[kind](args).to(device)
+    lr, decay = (args.lr, args.weight_decay) if kind == "engine" else (args.generator_lr, 0.0)
+    return agent, torch.optim.AdamW(agent.parameters(), lr, weight_decay=decay, fused=device.type != "mps",
+                                    **(dict(capturable=True) if device.type == "cuda" else {}))
+
+
+def train(args, data, device, out_dir):
+    """All generations; returns (metrics, records), one record an evaluation. Ctrl-C saves and exits."""
+    began = time.time()
+    given = torch.randperm(SEEN, generator=torch.Generator().manual_seed(args.seed))[:args.given].to(device)
+    names = dict(interacting=args.interact_steps, generator=args.generator_steps, engine=args.engine_steps)
+    if args.true_programs:
+        schedule = [(0, "engine", args.interact_steps)]
+    elif args.generations == 1:
+        schedule = [(0, "interacting", args.interact_steps)]
+    else:
+        schedule = [(g, *phase) for g in range(args.generations) for phase in names.items() if phase[1]]
+    torch.manual_seed(1_000_003 * args.seed)
+    agents = {kind: new_agent(kind, args, device) for kind in ("generator", "engine")}
+    first, done, records, transmitted, baseline = 0, 0, [], None, torch.zeros((), device=device)
+    if args.resume:
+        state = load_checkpoint(out_dir / "checkpoint.pt", device, args)
+        first, done, records, transmitted = state["phase"], state["done"], state["records"], state["transmitted"]
+        baseline.copy_(state["baseline"])
+        for kind, (agent, optimizer) in agents.items():
+            agent.load_state_dict(state[kind][0])
+            optimizer.load_state_dict(state[kind][1])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log = open(out_dir / "log.jsonl", "a" if args.resume else "w", buffering=1)
+    log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
+    stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
+    previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
+    lengths = [steps for *_, steps in schedule]
+    bar = tqdm(total=sum(lengths), initial=sum(lengths[:first]) + done, desc=out_dir.name, mininterval=1)
+    for number, (generation, phase, steps) in enumerate(schedule):
+        if number < first:
+            continue
+        before = sum(lengths[:number])
+        interactions = sum(n for _, name, n in schedule[:number] if name == "interacting")
+        torch.manual_seed(1_000_003 * args.seed + 500_000 + number)
+        if phase == "generator" and not done:  # the old one speaks for the last time
+            transmitted = transmit(agents["generator"][0], data, args.transmitted)
+        if phase != "interacting" and not done and (phase == "generator" or not args.keep_engine):
+            agents[phase] = new_agent(phase, args, device)
+        (generator, generator_optimizer), (engine, engine_optimizer) = agents["generator"], agents["engine"]
+
+        def step():
+            if phase == "generator":
+                pick = torch.randint(args.transmitted, (args.batch,), device=device)
+                loss = generator_loss(generator, data, *(x[pick] for x in transmitted))
+                if args.given and args.repeat_given:
+                    loss = loss + args.given_weight * generator_loss(generator, data, given, data.programs[given])
+                right = loss.detach().new_zeros(1)
+            else:
+                rows = torch.randint(len(data.train[0]), (args.batch,), device=device)
+                if phase == "engine":
+                    loss, right = engine_loss(None if args.true_programs else generator, engine, data, rows)
+                else:
+                    loss, right = interacting_loss(generator, engine, data, rows, given, baseline, args.given_weight)
+                    baseline.lerp_(right.mean(), 0.1)
+            loss.backward()
+            for kind, optimizer in (("generator", generator_optimizer), ("engine", engine_optimizer)):
+                if phase in (kind, "interacting"):
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return loss.detach(), right.mean()
+
+        take = replayed(step, device)
+        for t in range(done, steps):
+            torch.manual_seed(1_000_003 * args.seed + before + t)  # all chance of a step: resuming is exact
+            loss, right = take()
+            bar.update()
+            last = t + 1 == steps or bool(stop)
+            if last or (t + 1) % 50 == 0:
+                if not math.isfinite(loss.item()):
+                    bar.close()
+                    fail(f"loss {loss.item()} at step {before + t}, learning rate {args.lr:.2e}", status=1)
+                bar.set_postfix(generation=generation, phase=phase, loss=f"{loss.item():.3f}", refresh=False)
+            if last or phase == "interacting" and (t + 1) % args.eval_interval == 0:
+                found = evaluate(None if args.true_programs else generator, engine, data, transmitted)
+                record = dict(generation=generation, phase=phase, step=before + t + 1, end=t + 1 == steps,
+                              interactions=interactions + (t + 1) * (phase == "interacting"),
+                              train_acc=right.item(), **found)
+                records.append(record)
+                log.write(json.dumps(record) + "\n")
+                if last:
+                    bar.write(f"{generation:3} {phase:12}" + "".join(f" {k} {v:.3f}" for k, v in found.items()))
+                state = {kind: (agent.state_dict(), optimizer.state_dict())
+                         for kind, (agent, optimizer) in agents.items()}
+                save_checkpoint(out_dir / "checkpoint.pt", dict(
+                    state, args=vars(args), phase=number, done=t + 1, records=records, transmitted=transmitted,
+                    baseline=baseline))
+            if stop:
+                bar.close()
+                fail(f"interrupted at step {before + t + 1}; {out_dir / 'checkpoint.pt'} is saved, --resume goes on",
+                     status=130)
+        done = 0
+    bar.close()
+    signal.signal(signal.SIGINT, previous)
+    final = [r for r in records if r["phase"] != "generator" or args.keep_engine]
+    best = max(final, key=lambda r: r["val_iid_acc"])
+    metrics = {key: value for key, value in best.items() if isinstance(value, float)}
+    metrics |= {f"last_{key}": value for key, value in records[-1].items() if isinstance(value, float)}
+    return metrics | dict(seconds=time.time() - began), records
+
+
+# -------- Arguments
+
+def fail(message, status=2):
+    print(f"ERROR: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def parse_flags(argv):
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    parser = argparse.ArgumentParser(description="Iterated learning of module networks (arXiv 2105.01119).",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail
+    parser.set_defaults(**DEFAULTS["cpu" if there[0] == "cpu" else "gpu"])
+    add = parser.add_argument
+    add("--data", choices=("generated", "published"), default="generated")
+    add("--images", type=int, default=600)
+    add("--modules", choices=("tensor", "film", "vector"), default="tensor")
+    add("--generator", choices=("lstm", "transformer"), default="lstm")
+    add("--width", type=int, default=32)
+    add("--hidden", type=int, default=64)
+    add("--spectral_norm", action="store_true")
+    add("--interact_steps", type=int)
+    add("--generator_steps", type=int)
+    add("--engine_steps", type=int)
+    add("--generations", type=int)
+    add("--transmitted", type=int, default=2000)
+    add("--keep_engine", action="store_true")
+    add("--repeat_given", action=argparse.BooleanOptionalAction, default=True)
+    add("--given", type=int, default=20)
+    add("--given_weight", type=float, default=1.0)
+    add("--true_programs", action="store_true")
+    add("--batch", type=int)
+    add("--lr", type=float, default=1e-3)
+    add("--generator_lr", type=float, default=1e-3)
+    add("--weight_decay", type=float, default=0.0)
+    add("--seed", type=int, default=0)
+    add("--seeds", type=int, default=1)
+    add("--eval_interval", type=int, default=250)
+    add("--out_dir", default="out/nmn_iterated")
+    add("--resume", action="store_true")
+    add("--compare", action="store_true")
+    add("--plot")
+    add("--device", choices=there, default=there[0])
+    return parser.parse_args(argv)
+
+
+def load(args, device):
+    splits = load_shapes(args.data, args.images, args.seed)
+    words, lengths = encode([english(question).split() for question in QUESTIONS], WORDS, 11)
+    programs, _ = encode([program(question) for question in QUESTIONS], TOKENS, LENGTH)
+    rows = {name: (images.unflatten(1, (3, 10)).unflatten(3, (3, 10)).transpose(2, 3).reshape(-1, 9, 300), *rest)
+            for name, (images, *rest) in splits.items()}
+    return argparse.Namespace(**{name: [x.to(device) for x in part] for name, part in rows.items()},
+                              words=words.to(device), lengths=lengths.to(device), programs=programs.to(device))
+
+
+SCHEDULE = "interact_steps generator_steps engine_steps transmitted given".split()
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    data = load(args, device)
+    metrics, records = train(args, data, device, Path(args.out_dir))
+    for k, v in metrics.items():
+        print(f"{k:26}{v:,.4f}")
+    (Path(args.out_dir) / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
