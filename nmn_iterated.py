@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from data.shapes_questions import QUESTIONS, TOKENS, english, program
@@ -183,50 +182,44 @@ def parse(programs):
     return second, wellformed & (ends[:, 0] == length)
 
 
-class SpectralNorm(nn.Module):
-    """weight (fan in, tokens, fan out) over the largest singular value of each token's matrix, by power iteration."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.register_buffer("u", F.normalize(torch.randn(weight.shape[1], weight.shape[2], 1), dim=1))
-
-    def forward(self, weight):
-        matrices = weight.transpose(0, 1)                                                       # (V, fan in, fan out)
-        if self.training:
-            with torch.no_grad():
-                v = F.normalize(matrices @ self.u, dim=1)
-                self.u.copy_(F.normalize(matrices.mT @ v, dim=1))
-        return weight / (matrices @ self.u.clone()).norm(dim=1)[:, 0, None]
-
-
 class Conv(nn.Module):
-    """A zero-padded 3 x 3 convolution of 3 x 3 cells (B, 9, C) -> (B, 9, D), with weights for each of `tokens`."""
+    """A zero-padded 3 x 3 convolution of 3 x 3 cells, (B, 9C) -> (B, 9D), with weights for each of V tokens."""
 
-    def __init__(self, C, D, tokens=1, spectral_norm=False):
+    def __init__(self, C, D, V=1, spectral_norm=False):
         super().__init__()
         bound = (9 * C) ** -0.5
-        self.weight = nn.Parameter(torch.empty(9 * C, tokens, D).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(tokens, D).uniform_(-bound, bound))
-        cells = [[3 * y + x if 0 <= y < 3 and 0 <= x < 3 else 9 for y in (r - 1, r, r + 1) for x in (c - 1, c, c + 1)]
-                 for r in range(3) for c in range(3)]
-        self.register_buffer("neighbours", torch.tensor(cells).flatten(), persistent=False)
-        if spectral_norm:
-            parametrize.register_parametrization(self, "weight", SpectralNorm(self.weight))
+        self.weight = nn.Parameter(torch.empty(9, C, V, D).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(V, D).uniform_(-bound, bound))
+        steps = [(3 * (y - r) + x - c + 4 if abs(y - r) < 2 and abs(x - c) < 2 else 9)  # from cell (y, x) to (r, c)
+                 for y in range(3) for x in range(3) for r in range(3) for c in range(3)]
+        self.register_buffer("steps", torch.tensor(steps), persistent=False)
+        self.register_buffer("u", F.normalize(torch.randn(V, 9 * D, 1), dim=1) if spectral_norm else None)
 
-    def forward(self, x, token=None):
-        """token (B,) chooses the weights."""
-        x = F.pad(x, (0, 0, 0, 1)).index_select(1, self.neighbours).view(len(x), 9, -1)         # (B, 9, 9C)
-        weight, bias = self.weight, self.bias
+    def matrices(self):
+        """The weights as matrices (V, 9C, 9D), side by side (9C, V 9D) on CUDA. To be made once a batch.
+
+        With spectral norm, each over its largest singular value, which a power iteration follows from step to step."""
+        padded = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
+        spread = padded.index_select(0, self.steps).unflatten(0, (9, 9))                        # (9, 9, C, V, D)
+        W = spread.permute(3, 0, 2, 1, 4).flatten(3).flatten(1, 2)                              # (V, 9C, 9D)
+        if self.u is not None:
+            if self.training:
+                with torch.no_grad():
+                    self.u.copy_(F.normalize(W.mT @ F.normalize(W @ self.u, dim=1), dim=1))
+            W = W / (W @ self.u.clone()).norm(dim=1, keepdim=True)
+        return W.transpose(0, 1).flatten(1) if W.is_cuda else W.unbind()
+
+    def forward(self, x, matrices, token=None):
+        """token chooses the weights: None if there is one for all, a tensor (B,) on CUDA, or, x being sorted by token, a
+        list (V,) of how many examples each token has."""
+        bias = self.bias.repeat(1, 9)                                                           # (V, 9D)
+        if isinstance(token, list):
+            parts = zip(x.split(token), matrices, bias.unbind())
+            return torch.cat([torch.addmm(b, part, W) if v > SCENE else part for v, (part, W, b) in enumerate(parts)])
         if token is None:
-            return x @ weight[:, 0] + bias[0]
-        if x.is_cuda:  # every token's convolution of every example: no gaps, no wait for how many examples each has
-            y = (x @ weight.flatten(1)).unflatten(2, bias.shape) + bias                         # (B, 9, V, D)
-            return y.gather(2, token.view(-1, 1, 1, 1).expand(-1, 9, 1, y.shape[3]))[:, :, 0]
-        order = token.argsort()
-        parts = x.index_select(0, order).split(token.bincount(minlength=len(bias)).tolist())
-        y = [part.new_zeros(len(part), 9, bias.shape[1]) if v in (END, SCENE) else part @ weight[:, v] + bias[v]
-             for v, part in enumerate(parts)]
-        return torch.cat(y).index_select(0, order.argsort())
+            return torch.addmm(bias[0], x, matrices if x.is_cuda else matrices[0])
+        y = torch.addmm(bias.flatten(), x, matrices).unflatten(1, bias.shape)  # every token's: no wait for how many
+        return y.gather(1, token.view(-1, 1, 1).expand(-1, 1, bias.shape[1]))[:, 0]
 
 
 class TensorModules(nn.Module):
@@ -240,12 +233,27 @@ class TensorModules(nn.Module):
         self.join = nn.Linear(2 * D, D)
 
     def look(self, x):
-        return F.relu(x + self.scene[1](F.relu(self.scene[0](x))))
+        one, two = (conv.matrices() for conv in self.scene)
+        return F.relu(x + self.scene[1](F.relu(self.scene[0](x, one)), two))
 
-    def forward(self, scene, first, second, token):
-        x = torch.where((token == AND)[:, None, None], F.relu(self.join(torch.cat([first, second], -1))), first)
-        y = F.relu(x + self.convs[1](F.relu(self.convs[0](x, token)), token))
-        return torch.where((token == SCENE)[:, None, None], scene, y)
+    def forward(self, scene, first, second, token, matrices):
+        pair = torch.cat([first.unflatten(1, (9, -1)), second.unflatten(1, (9, -1))], -1)       # (B, 9, 2D)
+        x = torch.where((token == AND)[:, None], F.relu(self.join(pair)).flatten(1), first)
+        groups = token
+        if not x.is_cuda:  # example by example its weights; on CUDA all weights for all, and no wait for how many
+            order = token.argsort()
+            x, groups = x.index_select(0, order), token.bincount(minlength=len(TOKENS)).tolist()
+        y = F.relu(self.convs[0](x, matrices[0], groups))
+        x = F.relu(x + self.convs[1](y, matrices[1], groups))
+        if not x.is_cuda:
+            x = x.index_select(0, order.argsort())
+        return torch.where((token == SCENE)[:, None], scene, x)
+
+
+def film(x, scale_and_shift):
+    """x (B, 9D), scale_and_shift (B, 2D): a scale and a shift a channel."""
+    scale, shift = scale_and_shift[:, None].chunk(2, -1)                                        # (B, 1, D)
+    return ((1 + 2 * torch.tanh(scale)) * x.unflatten(1, (9, -1)) + shift).flatten(1)
 
 
 class FilmModules(nn.Module):
@@ -254,18 +262,17 @@ class FilmModules(nn.Module):
     def __init__(self, args):
         super().__init__()
         D = args.width
-        self.film = nn.Embedding(len(TOKENS), 4 * D)
+        self.films = nn.ModuleList(nn.Embedding(len(TOKENS), 2 * D) for _ in range(2))
         self.join = nn.Linear(3 * D, D)
         self.convs = nn.ModuleList(Conv(D, D, 1, args.spectral_norm) for _ in range(2))
 
     def look(self, x):
         return x
 
-    def forward(self, scene, first, second, token):
-        g1, b1, g2, b2 = self.film(token)[:, None].chunk(4, -1)                                 # (B, 1, D) each
-        x = F.relu(self.join(torch.cat([scene, first, second], -1)))
-        y = F.relu(self.convs[0]((1 + 2 * torch.tanh(g1)) * x + b1))
-        return F.relu(x + self.convs[1]((1 + 2 * torch.tanh(g2)) * y + b2))
+    def forward(self, scene, first, second, token, matrices):
+        x = F.relu(self.join(torch.cat([y.unflatten(1, (9, -1)) for y in (scene, first, second)], -1))).flatten(1)
+        y = F.relu(self.convs[0](film(x, self.films[0](token)), matrices[0]))
+        return F.relu(x + self.convs[1](film(y, self.films[1](token)), matrices[1]))
 
 
 class VectorModules(nn.Module):
@@ -275,21 +282,19 @@ class VectorModules(nn.Module):
         super().__init__()
         D = args.width
         self.tokens = nn.Embedding(len(TOKENS), D)
-        self.film = nn.ModuleList(nn.Sequential(nn.Linear(3 * D, 3 * D), nn.ReLU(), nn.Linear(3 * D, 2 * D))
-                                  for _ in range(4))
+        self.films = nn.ModuleList(nn.Sequential(nn.Linear(3 * D, 3 * D), nn.ReLU(), nn.Linear(3 * D, 2 * D))
+                                   for _ in range(4))
         self.convs = nn.ModuleList(Conv(D, D, 1, args.spectral_norm) for _ in range(4))
 
     def look(self, x):
         return x
 
-    def forward(self, scene, first, second, token):
-        condition = torch.cat([self.tokens(token)[:, None], first, second], -1)                 # (B, 1, 3D)
-        (g1, b1), (g2, b2), (g3, b3), (g4, b4) = (film(condition).chunk(2, -1) for film in self.film)
-        x = scene
-        for first_film, second_film, convs in (((g1, b1), (g2, b2), self.convs[:2]), ((g3, b3), (g4, b4), self.convs[2:])):
-            y = F.relu(convs[0]((1 + 2 * torch.tanh(first_film[0])) * x + first_film[1]))
-            x = F.relu(x + convs[1]((1 + 2 * torch.tanh(second_film[0])) * y + second_film[1]))
-        return x.amax(1, keepdim=True)
+    def forward(self, scene, first, second, token, matrices):
+        condition, x = torch.cat([self.tokens(token), first, second], -1), scene                # (B, 3D), (B, 9D)
+        for i in (0, 2):
+            y = F.relu(self.convs[i](film(x, self.films[i](condition)), matrices[i]))
+            x = F.relu(x + self.convs[i + 1](film(y, self.films[i + 1](condition)), matrices[i + 1]))
+        return x.unflatten(1, (9, -1)).amax(1)
 
 
 class Engine(nn.Module):
@@ -298,32 +303,36 @@ class Engine(nn.Module):
         D = args.width
         self.stem = nn.Sequential(nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, D), nn.ReLU())  # a cell is 10 x 10 x 3
         self.cells = dict(tensor=TensorModules, film=FilmModules, vector=VectorModules)[args.modules](args)
-        self.states = 1 if args.modules == "vector" else 9
+        self.size = D if args.modules == "vector" else 9 * D
         self.classifier = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, 2))
 
+    def classify(self, state):
+        return self.classifier(state.unflatten(1, (-1, self.classifier[0].in_features)).amax(1))
+
     def forward(self, images, programs):
-        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2), wellformed (B,), the state at each token (B, T, P, D).
+        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2), wellformed (B,), the state at each token (B, T, S).
 
         An ill-formed program answers with the state of its first token."""
         second, wellformed = parse(programs)
         T = programs.shape[1]
-        with parametrize.cached():  # a spectral norm is taken once
-            scene = self.cells.look(self.stem(images / 255.0))                                  # (B, 9, D)
-            states = [torch.zeros_like(scene[:, :self.states])]                                 # of T; then T - 1, ...
-            for t in reversed(range(T)):
-                index = (T - second[:, t]).view(-1, 1, 1, 1).expand(-1, 1, *states[0].shape[1:])
+        scene = self.cells.look(self.stem(images / 255.0).flatten(1))                           # (B, 9D)
+        matrices = [conv.matrices() for conv in self.cells.convs]
+        states = [scene.new_zeros(len(scene), self.size)]                                       # of T; then T - 1, ...
+        for t in reversed(range(T)):
+            token, operand = programs[:, t], states[0]
+            if token.is_cuda or (token == AND).any():
+                index = (T - second[:, t]).view(-1, 1, 1).expand(-1, 1, self.size)
                 operand = torch.stack(states, 1).gather(1, index)[:, 0]
-                token = programs[:, t]
-                state = self.cells(scene, states[-1], operand, token)
-                states.append(state.masked_fill((token == END)[:, None, None], 0))
-        states = torch.stack(states[:0:-1], 1)
-        return self.classifier(states[:, 0].amax(1)), wellformed, states
+            first = states[-1].masked_fill((token == SCENE)[:, None], 0)
+            state = self.cells(scene, first, operand, token, matrices)
+            states.append(state.masked_fill((token == END)[:, None], 0))
+        return self.classify(states[-1]), wellformed, torch.stack(states[:0:-1], 1)
 
 
-def run_recursively(engine, image, tokens):
-    """What `Engine` computes, of one image (9, 300) and the list of its program, as in a textbook: (logits (2,), rest)."""
-    scene = engine.cells.look(engine.stem(image[None] / 255.0))
-    zero = torch.zeros_like(scene[:, :engine.states])
+def run_recursively(engine, image, tokens, matrices):
+    """What `Engine` computes, of one image (9, 300) and the list of its program, as in a textbook: logits (2,)."""
+    scene = engine.cells.look(engine.stem(image[None] / 255.0).flatten(1))
+    zero = scene.new_zeros(1, engine.size)
 
     def run(rest):
         if not rest or rest[0] == END:
@@ -333,10 +342,9 @@ def run_recursively(engine, image, tokens):
             operand, rest = run(rest)
             operands.append(operand)
         first, second = (operands + [zero, zero])[:2]
-        return engine.cells(scene, first, second, torch.tensor([token], device=image.device)), rest
+        return engine.cells(scene, first, second, torch.tensor([token], device=image.device), matrices), rest
 
-    state, rest = run(tokens)
-    return engine.classifier(state.amax(1))[0], rest
+    return engine.classify(run(tokens)[0])[0]
 
 
 # -------- Losses
