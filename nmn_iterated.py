@@ -36,7 +36,6 @@ from flashsigmoid import sigmoid_attention
 
 WORDS = ["<pad>", *sorted({word for question in QUESTIONS for word in english(question).split()})]
 END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the longest program and its end take 8 steps
-ARITY = torch.tensor([0, 0] + [1] * (len(TOKENS) - 3) + [2])
 SEEN = 135  # the first questions are those of training; the rest are Val-OOD's
 DEFAULTS = {
     "cpu": dict(batch=128, interact_steps=1000, generator_steps=300, engine_steps=1000, generations=4),
@@ -167,7 +166,7 @@ def parse(programs):
     T where there is none, and whether each program is one whole expression (B,). A first operand begins at t + 1."""
     T = programs.shape[1]
     length = (programs != END).long().cumprod(1).sum(1)
-    arity = ARITY.to(programs.device)[programs]
+    arity = (programs > SCENE).long() + (programs == AND)
     ends = length[:, None].repeat(1, T + 1)  # where the expression that begins at t ends; past the last token, there
     second, wellformed = torch.full_like(programs, T), length > 0
     for t in reversed(range(T)):
@@ -338,7 +337,7 @@ def run_recursively(engine, image, tokens, matrices):
         if not rest or rest[0] == END:
             return zero, rest
         token, rest, operands = rest[0], rest[1:], []
-        for _ in range(ARITY[token]):
+        for _ in range((token > SCENE) + (token == AND)):
             operand, rest = run(rest)
             operands.append(operand)
         first, second = (operands + [zero, zero])[:2]
