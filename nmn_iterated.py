@@ -41,7 +41,7 @@ DEFAULTS = {
     "cpu": dict(batch=128, interact_steps=1000, generator_steps=300, engine_steps=1000, generations=4),
     "gpu": dict(batch=512, interact_steps=1000, generator_steps=300, engine_steps=1000, generations=8),
 }
-ARCHITECTURE = "generator modules width hidden spectral_norm".split()
+FIXED = "generator modules width hidden spectral_norm interact_steps generator_steps engine_steps transmitted".split()
 
 
 # -------- Program generators. B questions, T words or tokens, V tokens, H hidden units.
@@ -450,10 +450,10 @@ def load_checkpoint(path, device, args):
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
     state = torch.load(path, map_location=device, weights_only=True)
-    differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE + SCHEDULE
+    differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in FIXED
                  if state["args"][name] != getattr(args, name)]
     if differing:
-        fail(f"--resume: {path} is another run: {'; '.join(differing)}")
+        fail(f"--resume: {path} is another architecture or schedule: {'; '.join(differing)}")
     return state
 
 
@@ -563,7 +563,84 @@ def train(args, data, device, out_dir):
     best = max(final, key=lambda r: r["val_iid_acc"])
     metrics = {key: value for key, value in best.items() if isinstance(value, float)}
     metrics |= {f"last_{key}": value for key, value in records[-1].items() if isinstance(value, float)}
-    return metrics | dict(seconds=time.time() - began), records
+    return agents, metrics | dict(seconds=time.time() - began), records
+
+
+def interval(values):
+    """Mean of (n,) and half the width of its 95 % interval, from Student's t; infinite for one value."""
+    values = torch.tensor(values, dtype=torch.float64)
+    t = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2)).get(len(values), 1.96)
+    half = t * values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.inf
+    return values.mean().item(), half
+
+
+def compare(args, device, out_dir):
+    """Iterated learning and none, from the same agents, given programs and images, with equally many interactions.
+
+    Returns (rows, {name: records of the first seed}, the agents and data of its iterated run)."""
+    arms = {"iterated learning": {}, "no generations": dict(generations=1,
+                                                            interact_steps=args.generations * args.interact_steps)}
+    runs, curves, example = {name: [] for name in arms}, {}, None
+    for seed in range(args.seed, args.seed + args.seeds):
+        data = load(args, seed, device)
+        for name, changes in arms.items():
+            arm = argparse.Namespace(**vars(args) | changes | dict(seed=seed))
+            agents, metrics, records = train(arm, data, device, out_dir / f"{name} seed {seed}".replace(" ", "_"))
+            runs[name].append(metrics)
+            curves.setdefault(name, records)
+            example = example or (agents, data)
+    rows = []
+    for name, metrics in runs.items():
+        row = dict(name=name, seeds=args.seeds)
+        for key in metrics[0]:
+            values = torch.tensor([run.get(key, math.nan) for run in metrics], dtype=torch.float64)
+            row[key], row[f"{key}_std"] = values.mean().item(), values.std(correction=min(1, args.seeds - 1)).item()
+        rows.append(row)
+    difference = dict(name="difference, paired", seeds=args.seeds)
+    for key in (key for key in runs["no generations"][0] if "acc" in key):
+        difference[key], difference[f"{key}_interval"] = interval(
+            [a[key] - b[key] for a, b in zip(runs["iterated learning"], runs["no generations"])])
+    print(f"\nmean ± std, seeds: {args.seeds}; at the end of a generation chosen by Val-IID answers | at the very end")
+    for row in rows + [difference]:
+        spread = "interval" if row is difference else "std"
+        print(f"{row['name']:20}" + " | ".join("  ".join(
+            f"{label} {row[key]:.3f} ± {row[f'{key}_{spread}']:.3f}" for label, key in
+            (("IID", f"{when}val_iid_acc"), ("programs", f"{when}val_iid_program_acc"), ("OOD", f"{when}val_ood_acc"),
+             ("programs", f"{when}val_ood_program_acc"))) for when in ("", "last_")))
+    return rows + [difference], curves, example
+
+
+def plot(path, curves, agents, data):
+    """Answers and programs against interactions, an arm a colour; below, what each module of a program attends to."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 2))
+    axes = upper.subplots(1, 2)
+    for axis, what, title in zip(axes, ("acc", "program_acc"), ("answers", "programs, word for word")):
+        for colour, (name, records) in enumerate(curves.items()):
+            for split, style in (("iid", ":"), ("ood", "-")):
+                points = [(r["interactions"], r[f"val_{split}_{what}"]) for r in records if r["phase"] != "generator"]
+                axis.plot(*zip(*points), style, color=f"C{colour}", marker=".", label=f"{name}, Val-{split.upper()}")
+        for record in (r for r in next(iter(curves.values())) if r["end"] and r["phase"] == "interacting"):
+            axis.axvline(record["interactions"], color="0.85", zorder=0)
+        axis.set(xlabel="interaction steps", ylabel=f"share of right {title}")
+    axes[1].legend(frameon=False, fontsize=8)
+    generator, engine = agents["generator"][0], agents["engine"][0]
+    images, questions, _ = (x[:1] for x in data.val_ood)
+    with torch.no_grad():
+        programs, _ = speak(generator, data.words[questions], data.lengths[questions])
+        states = engine(images, programs)[2]
+    picture = images[0].view(3, 3, 10, 10, 3).transpose(1, 2).reshape(30, 30, 3).cpu()
+    said = [TOKENS[token] for token in programs[0] if token]
+    lower.suptitle(english(QUESTIONS[questions.item()]) + "?", fontsize=10)
+    for axis, word, state in zip(lower.subplots(1, max(2, len(said))), said, states[0]):
+        axis.imshow(picture)
+        size = state.unflatten(0, (9, -1)).norm(dim=1).view(3, 3).cpu() if len(state) % 9 == 0 else state.new_zeros(3, 3)
+        axis.imshow(size, cmap="gray", alpha=0.6, extent=(-0.5, 29.5, 29.5, -0.5))
+        axis.set_title(word, fontsize=9)
+    for axis in lower.axes:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=150)
 
 
 # -------- Arguments
@@ -579,63 +656,135 @@ def parse_flags(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     parser.set_defaults(**DEFAULTS["cpu" if there[0] == "cpu" else "gpu"])
-    add = parser.add_argument
-    add("--data", choices=("generated", "published"), default="generated")
-    add("--images", type=int, default=600)
-    add("--modules", choices=("tensor", "film", "vector"), default="tensor")
-    add("--generator", choices=("lstm", "transformer"), default="lstm")
-    add("--width", type=int, default=32)
-    add("--hidden", type=int, default=64)
-    add("--spectral_norm", action="store_true")
-    add("--interact_steps", type=int)
-    add("--generator_steps", type=int)
-    add("--engine_steps", type=int)
-    add("--generations", type=int)
-    add("--transmitted", type=int, default=2000)
-    add("--keep_engine", action="store_true")
-    add("--repeat_given", action=argparse.BooleanOptionalAction, default=True)
-    add("--given", type=int, default=20)
-    add("--given_weight", type=float, default=1.0)
-    add("--true_programs", action="store_true")
-    add("--batch", type=int)
-    add("--lr", type=float, default=1e-3)
-    add("--generator_lr", type=float, default=1e-3)
-    add("--weight_decay", type=float, default=0.0)
-    add("--seed", type=int, default=0)
-    add("--seeds", type=int, default=1)
-    add("--eval_interval", type=int, default=250)
-    add("--out_dir", default="out/nmn_iterated")
-    add("--resume", action="store_true")
-    add("--compare", action="store_true")
-    add("--plot")
-    add("--device", choices=there, default=there[0])
-    return parser.parse_args(argv)
+    data = parser.add_argument_group("data").add_argument
+    data("--data", choices=("generated", "published"), default="generated", help="SHAPES-SyGeT, drawn anew or its files")
+    data("--images", type=int, default=600, help="drawn for each training question; the files hold 56")
+    data("--given", type=int, default=20, help="training questions, of 135, whose true programs are given")
+    model = parser.add_argument_group("model").add_argument
+    model("--modules", choices=("tensor", "film", "vector"), default="tensor", help="Tensor-, Tensor-FiLM-, Vector-NMN")
+    model("--generator", choices=("lstm", "transformer"), default="lstm", help="the latter with sigmoid attention")
+    model("--width", type=int, default=32, help="channels of the engine")
+    model("--hidden", type=int, default=64, help="units of the generator")
+    model("--spectral_norm", action=argparse.BooleanOptionalAction, default=False, help="of the engine's convolutions")
+    optimisation = parser.add_argument_group("optimisation").add_argument
+    optimisation("--generations", type=int, help="1 is no iterated learning: interacting alone")
+    optimisation("--interact_steps", type=int, help="steps of a generation in which both agents learn together")
+    optimisation("--transmitted", type=int, default=2000, help="programs that the old generator says to the new")
+    optimisation("--generator_steps", type=int, help="steps in which the new generator learns them: the bottleneck")
+    optimisation("--engine_steps", type=int, help="steps in which the new engine learns to run what it says")
+    optimisation("--keep_engine", action="store_true", help="renew the generator alone")
+    optimisation("--repeat_given", action=argparse.BooleanOptionalAction, default=True,
+                 help="the new generator learns the given programs, too")
+    optimisation("--given_weight", type=float, default=1.0, help="of the given programs in the loss")
+    optimisation("--true_programs", action="store_true", help="no generator: the engine runs the true programs")
+    optimisation("--batch", type=int, help="images a step")
+    optimisation("--lr", type=float, default=1e-3, help="of the engine's AdamW")
+    optimisation("--generator_lr", type=float, default=1e-3, help="of the generator's")
+    optimisation("--weight_decay", type=float, default=0.0, help="decoupled, of the engine")
+    run = parser.add_argument_group("run").add_argument
+    run("--seeds", type=int, default=1, help="with --compare: runs an arm")
+    run("--seed", type=int, default=0, help="of images, given programs, weights and samples")
+    run("--plot", metavar="FILE.png", help="draw accuracies, and what the modules of a program attend to")
+    run("--out_dir", default="out/nmn_iterated", help="for checkpoint.pt, log.jsonl, metrics.json")
+    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit")
+    run("--eval_interval", type=int, default=500, help="interactions between evaluations, each with a checkpoint")
+    run("--compare", action="store_true", help="iterated learning and none, in one table")
+    run("--speed", action="store_true", help="no training: programs of a batch together against one after the other")
+    run("--device", choices=there, default=there[0], help="of what this machine has")
+    args = parser.parse_args(argv)
+    if args.device == "cpu":  # once more, now that it is known what suits the run
+        parser.set_defaults(**DEFAULTS["cpu"])
+        args = parser.parse_args(argv)
+    lowest = dict(images=1, given=0, width=1, hidden=16, generations=1, interact_steps=1, transmitted=1,
+                  generator_steps=0, engine_steps=0, given_weight=0, batch=1, lr=0, generator_lr=0, weight_decay=0,
+                  seeds=1, seed=0, eval_interval=1)
+    for wrong, message in (
+            *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
+              for name, low in lowest.items()),
+            (args.given > SEEN, f"--given {args.given}; allowed: 0 to {SEEN}"),
+            (args.hidden % 16, f"--hidden {args.hidden}; allowed: multiples of 16"),
+            (args.compare and (args.resume or args.generations < 2 or args.true_programs),
+             "--compare; allowed: without --resume and --true_programs, with --generations 2 or more"),
+            (args.plot and args.true_programs, "--plot; allowed: without --true_programs"),
+            (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
+            (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
+        if wrong:
+            fail(message)
+    return args
 
 
-def load(args, device):
-    splits = load_shapes(args.data, args.images, args.seed)
+def load(args, seed, device):
+    """Everything on the device: three splits (images (N, 9, 300) uint8, questions (N,), answers (N,)) and, of the 244
+    questions, words (244, 11), lengths (244,), programs (244, T)."""
+    try:
+        splits = load_shapes(args.data, args.images, seed)
+    except (OSError, ValueError) as error:
+        fail(f"--data {args.data}: {error}")
     words, lengths = encode([english(question).split() for question in QUESTIONS], WORDS, 11)
     programs, _ = encode([program(question) for question in QUESTIONS], TOKENS, LENGTH)
-    rows = {name: (images.unflatten(1, (3, 10)).unflatten(3, (3, 10)).transpose(2, 3).reshape(-1, 9, 300), *rest)
-            for name, (images, *rest) in splits.items()}
-    return argparse.Namespace(**{name: [x.to(device) for x in part] for name, part in rows.items()},
-                              words=words.to(device), lengths=lengths.to(device), programs=programs.to(device))
+    for name, (images, *rest) in splits.items():
+        cells = images.unflatten(1, (3, 10)).unflatten(3, (3, 10)).transpose(2, 3).reshape(-1, 9, 300)
+        splits[name] = [x.to(device) for x in (cells, *rest)]
+    return argparse.Namespace(**splits, words=words.to(device), lengths=lengths.to(device), programs=programs.to(device))
 
 
-SCHEDULE = "interact_steps generator_steps engine_steps transmitted given".split()
+def speed(args, data, device):
+    """Examples a second, forward and backward, of 256 true programs: one after the other, and together."""
+    engine, rows = Engine(args).to(device), torch.randint(len(data.val_ood[0]), (256,), device=device)
+    images, programs = data.val_ood[0][rows], data.programs[data.val_ood[1][rows]]
+
+    def one_by_one():
+        matrices = [conv.matrices() for conv in engine.cells.convs]
+        logits = [run_recursively(engine, image, tokens, matrices) for image, tokens in zip(images, programs.tolist())]
+        torch.stack(logits).sum().backward()
+        return torch.zeros(()), torch.zeros(())
+
+    def together():
+        loss = engine(images, programs)[0].sum()
+        loss.backward()
+        engine.zero_grad()
+        return loss.detach(), loss.detach()
+
+    found = {}
+    for name, take, times in (("one_by_one", one_by_one, 2), ("together", replayed(together, device), 20)):
+        for timed in (False, True):  # the first time warms up
+            began = time.time()
+            for _ in range(times):
+                take()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        found[name] = 256 * times / (time.time() - began)
+    return found | dict(ratio=found["together"] / found["one_by_one"])
 
 
 def main(argv=None):
+    """Train, compare or time, as the flags say; returns what is in metrics.json."""
     args = parse_flags(argv)
-    device = torch.device(args.device)
+    out_dir, device = Path(args.out_dir), torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
+    sizes = [sum(p.numel() for p in new_agent(kind, args, torch.device("cpu"))[0].parameters()) for kind in ("generator", "engine")]
+    print(f"{name}, float32 (too small for bfloat16 to pay), {args.data} images, {sizes[0]:,} parameters in the "
+          f"{args.generator} generator, {sizes[1]:,} in the {args.modules} engine")
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
-    data = load(args, device)
-    metrics, records = train(args, data, device, Path(args.out_dir))
-    for k, v in metrics.items():
-        print(f"{k:26}{v:,.4f}")
-    (Path(args.out_dir) / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    return metrics
+    if args.compare:
+        rows, curves, (agents, data) = compare(args, device, out_dir)
+        result = dict(rows=rows)
+    else:
+        data = load(args, args.seed, device)
+        if args.speed:
+            result = speed(args, data, device)
+        else:
+            agents, result, records = train(args, data, device, out_dir)
+            curves = {"this run": records}
+        for key, value in result.items():
+            print(f"{key:26}{value:,.4f}")
+    result.update(device=name, dataset=args.data, seed=args.seed, torch=torch.__version__)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
+    if args.plot and not args.speed:
+        plot(args.plot, curves, agents, data)
+    return result
 
 
 if __name__ == "__main__":
