@@ -33,11 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.shapes_questions import QUESTIONS, TOKENS, english, program
+from data.shapes_questions import QUESTIONS, TOKENS, WORDS, english, question_tensors
 from data.shapes_syget import load_shapes
-from flashsigmoid import sigmoid_attention
 
-WORDS = ["<pad>", *sorted({word for question in QUESTIONS for word in english(question).split()})]
 END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the longest program, 7, and its <end>
 SEEN = 135  # the first questions are those of training, the rest those of Val-OOD
 DEFAULTS = {
@@ -46,18 +44,12 @@ DEFAULTS = {
 }
 REPORTED = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
 REPORTED += [f"last_{key}" for key in REPORTED] + ["train_acc", "program_acc", "seconds"]
-FIXED = "generator modules width hidden spectral_norm interact_steps generator_steps engine_steps transmitted".split()
+FIXED = "modules width hidden spectral_norm interact_steps generator_steps engine_steps transmitted".split()
 
 
-# -------- Program generators. B questions, T words or tokens, V tokens, H hidden units.
+# -------- The program generator. B questions, T words or tokens, V tokens, H hidden units.
 
-def encode(sentences, vocabulary, length):
-    """Lists of words -> (B, length) int64, padded with 0, and how many words each has (B,)."""
-    rows = [[vocabulary.index(word) for word in sentence] for sentence in sentences]
-    return torch.tensor([row + [0] * (length - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
-
-
-class LSTMGenerator(nn.Module):
+class Generator(nn.Module):
     """A bidirectional LSTM reads; an LSTM with additive attention, fed its last context, writes."""
 
     def __init__(self, H):
@@ -83,49 +75,6 @@ class LSTMGenerator(nn.Module):
         scores = self.score(torch.tanh(keys + self.query(h)[:, None]))[..., 0].masked_fill(padding, -math.inf)
         context = (scores.softmax(-1)[:, None] @ memory)[:, 0]                                  # (B, 2H)
         return self.out(torch.cat([h, context], -1)), (h, c, context)
-
-
-class SigmoidBlock(nn.Module):
-    """Attention to what came before, attention to a memory, MLP; each adds to x what it makes of x, normalised."""
-
-    def __init__(self, H):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(H) for _ in range(3))
-        self.queries, self.outs = (nn.ModuleList(nn.Linear(H, H) for _ in range(2)) for _ in range(2))
-        self.keys_values = nn.ModuleList(nn.Linear(H, 2 * H) for _ in range(2))
-        self.mlp = nn.Sequential(nn.Linear(H, 4 * H), nn.GELU(), nn.Linear(4 * H, H))
-
-    def attend(self, i, x, source, lengths=None):
-        q, k, v = (y.unflatten(-1, (-1, 16)).transpose(1, 2)                                    # (B, heads, T, 16)
-                   for y in (self.queries[i](self.norms[i](x)), *self.keys_values[i](source).chunk(2, -1)))
-        return x + self.outs[i](sigmoid_attention(q, k, v, k_lens=lengths).transpose(1, 2).flatten(2))
-
-    def forward(self, x, past, memory, lengths):
-        """x (B, T, H); past, normalised already, and memory (B, T, H), of which lengths (B,) are no padding."""
-        x = self.attend(1, self.attend(0, x, past, lengths if past is memory else None), memory, lengths)
-        return x + self.mlp(self.norms[2](x))
-
-
-class TransformerGenerator(nn.Module):
-    """One block reads and two write, with the sigmoid attention of flashsigmoid.py (arXiv 2409.04431)."""
-
-    def __init__(self, H):
-        super().__init__()
-        self.words, self.tokens, self.positions = (nn.Embedding(n, H) for n in (len(WORDS), START + 1, 16))
-        self.reader, self.writers = SigmoidBlock(H), nn.ModuleList(SigmoidBlock(H) for _ in range(2))
-        self.norm, self.out = nn.LayerNorm(H), nn.Linear(H, len(TOKENS))
-
-    def read(self, words, lengths):
-        x = self.words(words) + self.positions.weight[:words.shape[1]]                          # (B, T, H)
-        memory = self.norm(x)
-        return (self.norm(self.reader(x, memory, memory, lengths)), lengths), [[], []]
-
-    def write(self, memory, state, token):
-        x = (self.tokens(token) + self.positions.weight[len(state[0])])[:, None]                # (B, 1, H)
-        for block, past in zip(self.writers, state):
-            past.append(block.norms[0](x))
-            x = block(x, torch.cat(past, 1), *memory)
-        return self.out(x[:, 0]), state
 
 
 def gumbel(B, device, generator=None):
@@ -155,7 +104,7 @@ def speak(generator, words, lengths, forced=None, noise=None):
 
 
 # -------- Execution engines. A batch of programs runs from right to left, a position of all of them at once. The state
-# of a token is S numbers: D = width in each of 9 cells, in a Vector-NMN D alone; zero for <end> and for a missing operand.
+# of a token is S numbers: D = width in each of 9 cells, in a Vector-NMN D alone; zero for <end> and missing operands.
 
 def parse(programs):
     """programs (B, T) in prefix order -> where the second operand of each token begins (B, T), T if there is none, and
@@ -236,43 +185,34 @@ class TensorModules(nn.Module):
         return x if x.is_cuda else x.index_select(0, order.argsort())
 
 
-def film(x, scale_and_shift):
-    """x (B, 9D), scale_and_shift (B, 2D): a scale and a shift a channel."""
-    scale, shift = scale_and_shift[:, None].chunk(2, -1)                                        # (B, 1, D)
-    return ((1 + 2 * torch.tanh(scale)) * x.unflatten(1, (9, -1)) + shift).flatten(1)
-
-
 class FilmModules(nn.Module):
-    """Tensor-FiLM-NMN, in our form: one residual block for all tokens, each with its own scales and shifts."""
+    """Convolutions shared by all tokens, between them FiLM: (1 + 2 tanh(scale)) * y + shift, a channel at a time.
 
-    def __init__(self, D, spectral_norm):
+    Vector-NMN: two residual blocks look at the image again; [token; operands] gives scales and shifts; the state is the
+    largest of each channel. Tensor-FiLM-NMN, in our form: one block, of image and operands; the token gives them."""
+
+    def __init__(self, D, spectral_norm, vector):
         super().__init__()
-        self.films = nn.ModuleList(nn.Embedding(len(TOKENS), 2 * D) for _ in range(2))
-        self.join = nn.Linear(3 * D, D)
-        self.convs = nn.ModuleList(Conv(D, D, 1, spectral_norm) for _ in range(2))
+        self.tokens, self.join = nn.Embedding(len(TOKENS), D), None if vector else nn.Linear(3 * D, D)
+        self.convs = nn.ModuleList(Conv(D, D, 1, spectral_norm) for _ in range(4 if vector else 2))
+        width = 3 * D if vector else D
+        self.films = nn.ModuleList(nn.Sequential(nn.Linear(width, 3 * D), nn.ReLU(), nn.Linear(3 * D, 2 * D))
+                                   for _ in self.convs)
 
     def forward(self, scene, first, second, token, matrices):
-        x = F.relu(self.join(torch.cat([y.unflatten(1, (9, -1)) for y in (scene, first, second)], -1))).flatten(1)
-        y = F.relu(self.convs[0](film(x, self.films[0](token)), matrices[0]))
-        return F.relu(x + self.convs[1](film(y, self.films[1](token)), matrices[1]))
-
-
-class VectorModules(nn.Module):
-    """Vector-NMN: every call looks at the image again, through FiLM of its token and operands, and returns a vector."""
-
-    def __init__(self, D, spectral_norm):
-        super().__init__()
-        self.tokens = nn.Embedding(len(TOKENS), D)
-        self.films = nn.ModuleList(nn.Sequential(nn.Linear(3 * D, 3 * D), nn.ReLU(), nn.Linear(3 * D, 2 * D))
-                                   for _ in range(4))
-        self.convs = nn.ModuleList(Conv(D, D, 1, spectral_norm) for _ in range(4))
-
-    def forward(self, scene, first, second, token, matrices):
-        condition, x = torch.cat([self.tokens(token), first, second], -1), scene                # (B, 3D), (B, 9D)
-        for i in (0, 2):
-            y = F.relu(self.convs[i](film(x, self.films[i](condition)), matrices[i]))
-            x = F.relu(x + self.convs[i + 1](film(y, self.films[i + 1](condition)), matrices[i + 1]))
-        return x.unflatten(1, (9, -1)).amax(1)
+        condition, x = self.tokens(token), scene                                                # (B, D), (B, 9D)
+        if self.join is None:
+            condition = torch.cat([condition, first, second], 1)                                # (B, 3D)
+        else:
+            cells = torch.cat([state.unflatten(1, (9, -1)) for state in (scene, first, second)], 2)
+            x = F.relu(self.join(cells)).flatten(1)
+        y = x
+        for i, (conv, film, matrix) in enumerate(zip(self.convs, self.films, matrices)):
+            scale, shift = film(condition)[:, None].chunk(2, 2)                                 # (B, 1, D)
+            y = conv(((1 + 2 * torch.tanh(scale)) * y.unflatten(1, (9, -1)) + shift).flatten(1), matrix)
+            y = F.relu(x + y) if i % 2 else F.relu(y)
+            x = y if i % 2 else x
+        return x.unflatten(1, (9, -1)).amax(1) if self.join is None else x
 
 
 class Engine(nn.Module):
@@ -280,8 +220,9 @@ class Engine(nn.Module):
         super().__init__()
         D = args.width
         self.stem = nn.Sequential(nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, D), nn.ReLU())  # a cell is 10 x 10 x 3
-        kinds = dict(tensor=TensorModules, film=FilmModules, vector=VectorModules)
-        self.cells, self.size = kinds[args.modules](D, args.spectral_norm), D if args.modules == "vector" else 9 * D
+        self.size = D if args.modules == "vector" else 9 * D
+        self.cells = (TensorModules(D, args.spectral_norm) if args.modules == "tensor" else
+                      FilmModules(D, args.spectral_norm, args.modules == "vector"))
         self.classifier = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, 2))
 
     def look(self, images):
@@ -293,7 +234,7 @@ class Engine(nn.Module):
         return self.classifier(state.unflatten(1, (-1, self.classifier[0].in_features)).amax(1))
 
     def forward(self, images, programs):
-        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2), wellformed (B,), each token's state (B, T, S).
+        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2) and wellformed (B,).
 
         An ill-formed program answers with the state of its first token."""
         (second, wellformed), T, scene = parse(programs), programs.shape[1], self.look(images)
@@ -307,7 +248,7 @@ class Engine(nn.Module):
             first = states[-1].masked_fill((token == SCENE)[:, None], 0)
             state = self.cells(scene, first, operand, token, matrices)
             states.append(state.masked_fill((token == END)[:, None], 0))
-        return self.classify(states[-1]), wellformed, torch.stack(states[:0:-1], 1)
+        return self.classify(states[-1]), wellformed
 
 
 # -------- Losses
@@ -318,15 +259,10 @@ def interacting_loss(generator, engine, data, rows, given, baseline):
     asked = torch.cat([questions, given])
     forced = torch.cat([torch.full_like(data.programs[questions], -1), data.programs[given]])
     programs, log_p = speak(generator, data.words[asked], data.lengths[asked], forced, gumbel(len(asked), rows.device))
-    logits, wellformed, _ = engine(images, programs[:len(rows)])
+    logits, wellformed = engine(images, programs[:len(rows)])
     reward = ((logits.argmax(1) == answers) & wellformed).float()
     policy = ((reward - baseline) * log_p[:len(rows)]).mean()
     return F.cross_entropy(logits, answers) - policy - log_p[len(rows):].sum() / max(1, len(given)), reward
-
-
-def generator_loss(generator, data, questions, programs):
-    """Cross-entropy of programs (B, T), summed over a program, mean over the batch."""
-    return -speak(generator, data.words[questions], data.lengths[questions], programs)[1].mean()
 
 
 @torch.no_grad()
@@ -407,25 +343,22 @@ def load_checkpoint(path, device, args):
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
     state = torch.load(path, map_location=device, weights_only=True)
-    differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in FIXED
-                 if state["args"][name] != getattr(args, name)]
-    if differing:
+    if differing := [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in FIXED
+                     if state["args"][name] != getattr(args, name)]:
         fail(f"--resume: {path} is another run: {'; '.join(differing)}")
     return state
 
 
 def new_agent(kind, args, device):
     """A fresh generator or engine, and an optimiser that knows nothing of the one before."""
-    generator = dict(lstm=LSTMGenerator, transformer=TransformerGenerator)[args.generator]
-    agent = (Engine(args) if kind == "engine" else generator(args.hidden)).to(device)
+    agent = (Engine(args) if kind == "engine" else Generator(args.hidden)).to(device)
     decay = args.weight_decay if kind == "engine" else 0.0
     on_cuda = dict(capturable=True) if device.type == "cuda" else {}
     return agent, torch.optim.AdamW(agent.parameters(), args.lr, weight_decay=decay, fused=True, **on_cuda)
 
 
 def train(args, data, device, out_dir):
-    """All phases of all generations. Returns (agents, metrics, records), a record for each evaluation; agents are
-    {"generator", "engine": (module, optimiser)}. Ctrl-C saves and exits."""
+    """All phases of all generations. Returns (metrics, records), a record for each evaluation. Ctrl-C saves and exits."""
     began = time.time()
     given = torch.randperm(SEEN, generator=torch.Generator().manual_seed(args.seed))[:args.given].to(device)
     phases = dict(interacting=args.interact_steps, generator=args.generator_steps, engine=args.engine_steps)
@@ -464,9 +397,10 @@ def train(args, data, device, out_dir):
         def step():
             if phase == "generator":
                 pick, right = torch.randint(args.transmitted, (args.batch,), device=device), torch.zeros_like(baseline)
-                loss = generator_loss(generator, data, transmitted[0][pick], transmitted[1][pick])
-                if args.given:  # they are known to every generation
-                    loss = loss + generator_loss(generator, data, given, data.programs[given])
+                asked = torch.cat([transmitted[0][pick], given])  # what is given is known to every generation
+                programs = torch.cat([transmitted[1][pick], data.programs[given]])
+                log_p = speak(generator, data.words[asked], data.lengths[asked], programs)[1]
+                loss = -log_p[:args.batch].mean() - log_p[args.batch:].sum() / max(1, args.given)
             else:
                 rows = torch.randint(len(data.train[0]), (args.batch,), device=device)
                 if phase == "engine":
@@ -515,13 +449,13 @@ def train(args, data, device, out_dir):
     best = max(complete, key=lambda record: record["val_iid_acc"])  # never by Val-OOD
     metrics = {key: value for key, value in best.items() if isinstance(value, float)}
     metrics |= {f"last_{key}": value for key, value in records[-1].items() if isinstance(value, float)}
-    return agents, metrics | dict(program_acc=best["val_iid_program_acc"], seconds=time.time() - began), records
+    return metrics | dict(program_acc=best["val_iid_program_acc"], seconds=time.time() - began), records
 
 
 def compare(args, device, out_dir):
     """Iterated learning and none, from the same images, weights and given programs, with equally many interactions.
 
-    Returns (rows, {name: records of the last seed}, agents of iterated learning, data of the last seed)."""
+    Returns (rows, {name: records of the last seed}, data of the last seed)."""
     total = args.generations * args.interact_steps
     arms = {"no generations": dict(generations=1, interact_steps=total), "iterated": {}}
     runs, curves = {name: [] for name in arms}, {}
@@ -530,7 +464,7 @@ def compare(args, device, out_dir):
         for name, changes in arms.items():
             arm = argparse.Namespace(**vars(args) | changes | dict(seed=seed))
             folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
-            agents, metrics, curves[name] = train(arm, data, device, folder)
+            metrics, curves[name] = train(arm, data, device, folder)
             runs[name].append([metrics[key] for key in REPORTED])
     runs = {name: torch.tensor(run, dtype=torch.float64) for name, run in runs.items()}         # (seeds, metrics)
     runs["difference"] = runs["iterated"] - runs["no generations"]
@@ -544,15 +478,14 @@ def compare(args, device, out_dir):
         for when, keys in (("best by Val-IID", REPORTED[:4]), ("at the end", REPORTED[4:8])):
             print(f"{name:16}{when:18}" + "   ".join(f"{key.removeprefix('last_')[4:]} {mean:.3f} ± {width:.3f}" for key,
                   mean, width in zip(keys, *(x[REPORTED.index(keys[0]):].tolist() for x in (run.mean(0), spread)))))
-    return rows, curves, agents, data
+    return rows, curves, data
 
 
-def plot(path, curves, agents, data):
-    """Answers and programs against interactions; below, how large the state of each cell is at each token."""
+def plot(path, curves):
+    """Answers and programs against interactions, after each phase, too: a vertical step is what learning anew did."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 2))
-    for axis, what in zip(upper.subplots(1, 2), ("acc", "program_acc")):
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, what in zip(figure.subplots(1, 2), ("acc", "program_acc")):
         for colour, (name, records) in enumerate(curves.items()):
             for split, style in (("iid", ":"), ("ood", "-")):
                 points = [(r["interactions"], r[f"val_{split}_{what}"]) for r in records]
@@ -562,18 +495,6 @@ def plot(path, curves, agents, data):
                     axis.axvline(record["interactions"], color="0.85", zorder=0)
         axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
     axis.legend(frameon=False, fontsize=8)
-    images, questions, _ = (x[3000:3001] for x in data.val_ood)
-    with torch.no_grad():
-        programs, _ = speak(agents["generator"][0], data.words[questions], data.lengths[questions])
-        states = agents["engine"][0](images, programs)[2][0].unflatten(1, (9, -1)).norm(dim=2).view(-1, 3, 3).cpu()
-    said = [TOKENS[token] for token in programs[0] if token]
-    lower.suptitle(english(QUESTIONS[questions.item()]) + "?", fontsize=10)
-    for axis, word, state in zip(lower.subplots(1, len(said) + 1), ["image", *said], [None, *states]):
-        axis.imshow(images[0].view(3, 3, 10, 10, 3).transpose(1, 2).reshape(30, 30, 3).cpu())
-        if state is not None:
-            axis.imshow(state, cmap="gray", alpha=0.7, extent=(-0.5, 29.5, 29.5, -0.5), vmin=0)
-        axis.set_title(word, fontsize=9)
-        axis.set_axis_off()
     figure.savefig(path, dpi=150)
 
 
@@ -596,7 +517,6 @@ def parse_flags(argv):
     data("--given", type=int, default=20, help="training questions, of 135, whose programs are given")
     model = parser.add_argument_group("model").add_argument
     model("--modules", choices=("tensor", "film", "vector"), default="tensor", help="Tensor-, Tensor-FiLM-, Vector-NMN")
-    model("--generator", choices=("lstm", "transformer"), default="lstm", help="the latter has sigmoid attention")
     model("--width", type=int, default=32, help="channels of the engine")
     model("--hidden", type=int, default=64, help="units of the generator")
     model("--spectral_norm", action="store_true", help="of the engine's convolutions")
@@ -634,8 +554,6 @@ def parse_flags(argv):
             (args.hidden % 16, f"--hidden {args.hidden}; allowed: multiples of 16"),
             (args.compare and (args.resume or args.generations < 2),
              "--compare; allowed: with --generations 2 or more, without --resume and --true_programs"),
-            (args.plot and (args.true_programs or args.modules == "vector"),
-             "--plot; allowed: without --true_programs and --modules vector, whose states have no cells"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
@@ -650,12 +568,10 @@ def load(args, seed, device):
         splits = load_shapes(args.data, args.images, seed)
     except (OSError, ValueError) as error:
         fail(f"--data {args.data}: {error}")
-    words, lengths = encode([english(question).split() for question in QUESTIONS], WORDS, 11)
-    programs, _ = encode([program(question) for question in QUESTIONS], TOKENS, LENGTH)
     for name, (images, *rest) in splits.items():
         cells = images.unflatten(1, (3, 10)).unflatten(3, (3, 10)).transpose(2, 3).reshape(-1, 9, 300)
         splits[name] = [x.to(device) for x in (cells, *rest)]
-    texts = dict(words=words.to(device), lengths=lengths.to(device), programs=programs.to(device))
+    texts = {name: x.to(device) for name, x in question_tensors().items()}
     return argparse.Namespace(**texts, **splits)
 
 
@@ -665,16 +581,16 @@ def main(argv=None):
     out_dir, device = Path(args.out_dir), torch.device(args.device)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     sizes = [sum(p.numel() for p in new_agent(kind, args, device)[0].parameters()) for kind in ("generator", "engine")]
-    print(f"{name}, float32 (too small for bfloat16 to pay), {args.data} images, {args.generator} generator of "
-          f"{sizes[0]:,} parameters, {args.modules} engine of {sizes[1]:,}")
+    print(f"{name}, float32 (too small for bfloat16 to pay), {args.data} images, generator of {sizes[0]:,} "
+          f"parameters, {args.modules} engine of {sizes[1]:,}")
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     if args.compare:
-        rows, curves, agents, data = compare(args, device, out_dir)
+        rows, curves, data = compare(args, device, out_dir)
         result = dict(rows=rows)
     else:
         data = load(args, args.seed, device)
-        agents, result, records = train(args, data, device, out_dir)
+        result, records = train(args, data, device, out_dir)
         curves = dict(iterated=records)
         for key, value in result.items():
             print(f"{key:26}{value:,.4f}")
@@ -686,7 +602,7 @@ def main(argv=None):
     result.update(device=name, dataset=args.data, seed=args.seed, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, curves, agents, data)
+        plot(args.plot, curves)
     return result
 
 

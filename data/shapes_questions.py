@@ -59,3 +59,16 @@ def execute(tokens, scenes):
 
 
 QUESTIONS = all_questions()
+WORDS = ["<pad>", *sorted({word for question in QUESTIONS for word in english(question).split()})]
+
+
+def encode(sentences, vocabulary, length):
+    """Lists of words -> (B, length) int64, padded with 0, and how many words each has (B,)."""
+    rows = [[vocabulary.index(word) for word in sentence] for sentence in sentences]
+    return torch.tensor([row + [0] * (length - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
+
+
+def question_tensors():
+    """Of all questions: words (244, 11), lengths (244,) and programs (244, 8), all int64."""
+    words, lengths = encode([english(question).split() for question in QUESTIONS], WORDS, 11)
+    return dict(words=words, lengths=lengths, programs=encode(map(program, QUESTIONS), TOKENS, 8)[0])
