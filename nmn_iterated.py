@@ -358,7 +358,7 @@ def new_agent(kind, args, device):
 
 
 def train(args, data, device, out_dir):
-    """All phases of all generations. Returns (metrics, records), a record for each evaluation. Ctrl-C saves and exits."""
+    """All phases of all generations. Returns (metrics, records), a record an evaluation. Ctrl-C saves and exits."""
     began = time.time()
     given = torch.randperm(SEEN, generator=torch.Generator().manual_seed(args.seed))[:args.given].to(device)
     phases = dict(interacting=args.interact_steps, generator=args.generator_steps, engine=args.engine_steps)
@@ -468,16 +468,18 @@ def compare(args, device, out_dir):
             runs[name].append([metrics[key] for key in REPORTED])
     runs = {name: torch.tensor(run, dtype=torch.float64) for name, run in runs.items()}         # (seeds, metrics)
     runs["difference"] = runs["iterated"] - runs["no generations"]
-    rows, t = [], dict(zip(range(2, 9), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365))).get(args.seeds, math.nan)
-    print(f"\nmean ± std, seeds: {args.seeds}; of the difference, ± half a 95 % interval")
+    quantiles = dict(zip(range(2, 9), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)))  # Student's t, 95 %
+    rows = []
+    print(f"\nmean ± std, seeds: {args.seeds}; of the difference, ± half of its 95 % interval")
     for name, run in runs.items():
-        spread = run.std(0, correction=min(1, args.seeds - 1)) * (t / args.seeds ** 0.5 if name == "difference" else 1)
-        rows.append(dict(name=name, seeds=args.seeds))
-        for key, mean, width in zip(REPORTED, run.mean(0).tolist(), spread.tolist()):
-            rows[-1] |= {key: mean, f"{key}_{'interval' if name == 'difference' else 'std'}": width}
-        for when, keys in (("best by Val-IID", REPORTED[:4]), ("at the end", REPORTED[4:8])):
-            print(f"{name:16}{when:18}" + "   ".join(f"{key.removeprefix('last_')[4:]} {mean:.3f} ± {width:.3f}" for key,
-                  mean, width in zip(keys, *(x[REPORTED.index(keys[0]):].tolist() for x in (run.mean(0), spread)))))
+        width, kind = run.std(0, correction=min(1, args.seeds - 1)), "std"
+        if name == "difference":
+            width, kind = width * quantiles.get(args.seeds, math.nan) / args.seeds ** 0.5, "interval"
+        mean, width = dict(zip(REPORTED, run.mean(0).tolist())), dict(zip(REPORTED, width.tolist()))
+        rows.append(dict(name=name, seeds=args.seeds) | mean | {f"{key}_{kind}": width[key] for key in REPORTED})
+        for when, start in (("best by Val-IID", "val_"), ("at the end", "last_val_")):
+            print(f"{name:16}{when:17}" + "".join(f"{key[len(start):]:>17} {mean[key]:.3f} ± {width[key]:.3f}"
+                                                  for key in REPORTED if key.startswith(start)))
     return rows, curves, data
 
 

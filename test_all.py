@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,17 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels run on the CPU, in its interpreter
 
 import data.download
+import data.shapes_questions as questions
+import data.shapes_syget as syget
 import data.text
 import flashsigmoid
+import nmn_iterated
 import sigmoid_gpt
 from flashsigmoid import row_errors, sigmoid_attention, sigmoid_attention_reference, tl, triton
 
@@ -405,9 +410,90 @@ class TextData(unittest.TestCase):
         self.assertEqual(bytes(tokens.tolist()).decode(), "ä\nc\nä")
 
 
+# -------- nmn_iterated.py, data/shapes_questions.py and data/shapes_syget.py
+
+class NMNIterated(unittest.TestCase):
+    TINY = ("--device cpu --images 2 --width 8 --hidden 16 --batch 16 --generations 2 --interact_steps 4 --eval_interval "
+            "2 --generator_steps 4 --engine_steps 4 --transmitted 50 --out_dir").split()
+
+    def test_batches_run_as_one_by_one(self):
+        true = questions.question_tensors()["programs"][::6]
+        programs = torch.cat([true, torch.randint(13, (40, 8)), 0 * true[:1]])  # most of them ill-formed
+        programs = programs.masked_fill((programs == 0).cummax(1).values, 0)
+        images = torch.randint(256, (len(programs), 9, 300), dtype=torch.uint8)
+        for kind in ("tensor --spectral_norm", "film", "vector"):
+            engine = nmn_iterated.Engine(nmn_iterated.parse_flags(f"--width 8 --modules {kind}".split())).eval()
+            singly, matrices = [], [conv.matrices() for conv in engine.cells.convs]
+            for image, tokens in zip(images, programs.tolist()):
+                scene, stack, zero = engine.look(image[None]), [], torch.zeros(1, engine.size)
+                for token in (token for token in reversed(tokens) if token):
+                    operands = [stack.pop() if stack and i < (token > 1) + (token == 12) else zero for i in (0, 1)]
+                    stack.append(engine.cells(scene, *operands, torch.tensor([token]), matrices))
+                singly.append(engine.classify([zero, *stack][-1])[0])
+            logits, valid = engine(images, programs)
+            torch.testing.assert_close(*((x, torch.autograd.grad(x.square().sum(), list(engine.cells.parameters())))
+                                         for x in (logits, torch.stack(singly))), atol=1e-5, rtol=1e-4)
+        self.assertTrue(valid[:len(true)].all() and not valid[-1] and valid.sum() < len(true) + 10)
+
+    def test_reinforce(self):  # samples estimate the gradient of the expected reward, from all 157 programs of two tokens
+        shapes = nmn_iterated.load(nmn_iterated.parse_flags([*self.TINY, "x"]), 0, "cpu")
+        generator, programs = nmn_iterated.Generator(16), torch.tensor([[0, 0], *product(range(1, 13), range(13))])
+        asked, rows = torch.full((157,), 7), torch.full((20_000,), 14)  # image 14 asks question 7
+        judge = lambda images, said: (F.one_hot((said[:, 0] + shapes.train[2][14]) % 2, 2).float(), said[:, 0] > 3)
+        with mock.patch.object(nmn_iterated, "LENGTH", 2):
+            p = nmn_iterated.speak(generator, shapes.words[asked], shapes.lengths[asked], programs)[1].exp()
+            loss, _ = nmn_iterated.interacting_loss(generator, judge, shapes, rows, asked[:0], 0.3)
+        expected = (p * ((programs[:, 0] > 3) & (programs[:, 0] % 2 == 0))).sum()
+        exact, sampled = (torch.autograd.grad(x, generator.out.bias)[0] for x in (-expected, loss))
+        self.assertAlmostEqual(p.sum().item(), 1, places=5)
+        self.assertTrue((sampled - exact).abs().max() < 0.006 < exact.abs().max() / 5, (sampled, exact))
+
+    def test_phases_and_resume(self):
+        def states(*flags, kill=None):  # {(phase, step): the weights saved there}
+            found, save = {}, nmn_iterated.save_checkpoint
+            def spy(path, state):
+                save(path, state)
+                at = state["number"], state["done"]
+                found[at] = {k: torch.cat([x.flatten() for x in torch.load(path)["agents"][k][0].values()]) for k in pair}
+                return sys.exit(9) if at == kill else None
+            with mock.patch.object(nmn_iterated, "save_checkpoint", spy):
+                run(nmn_iterated.main, *self.TINY, out, *flags)
+            return found
+        out, pair, loss = tempfile.mkdtemp(), ("generator", "engine"), nmn_iterated.interacting_loss
+        self.addCleanup(shutil.rmtree, out)
+        learning, still = states(), states("--lr", 0)
+        for phase, (kind, other) in enumerate((pair, pair[::-1]), 1):
+            self.assertTrue(learning[phase - 1, 4][other].equal(learning[phase, 4][other]))  # frozen
+            self.assertFalse(learning[phase, 2][kind].equal(learning[phase, 4][kind]))
+            self.assertFalse(still[phase - 1, 4][kind].equal(still[phase, 2][kind]))  # new, where nobody learns
+        for kill in ((0, 2), (1, 2), (2, 2), "Ctrl-C"):
+            press = lambda *x: signal.raise_signal(signal.SIGINT) or loss(*x)
+            with mock.patch.object(nmn_iterated, "interacting_loss", press if kill == "Ctrl-C" else loss):
+                self.assertEqual(max(states(kill=kill)), (0, 1) if kill == "Ctrl-C" else kill)
+            end = states("--resume")[5, 4]
+            self.assertTrue(all(end[kind].equal(learning[5, 4][kind]) for kind in pair), kill)
+        for flags, words in (("--given 136", "--given 136; allowed: 135"), ("--compare --resume", "--compare; allowed"),
+                             ("--lr nan", "--lr nan; allowed"), ("--resume --width 9", "width 8 there, 9 here")):
+            status, printed = run(nmn_iterated.main, *self.TINY, out, *flags.split())
+            self.assertTrue(status == 2 and re.search(f"ERROR: .*{words}", printed), printed)
+
+    def test_shapes(self):
+        scene = torch.tensor([[1, 2], [0, 0], [0, 0], [3, 1], [1, 3]] + [[0, 0]] * 4).view(1, 3, 3, 2)
+        for text, answer in (("square above blue", 1), ("square above above red", 0), ("blue left_of red", 1),
+                             ("blue right_of red", 0), ("square left_of above triangle", 1), ("blue square", 0)):
+            self.assertEqual(questions.execute(questions.program(text.split()), scene).item(), answer, text)
+        images, scenes = syget.draw([("red", "red")] * 5000, torch.Generator().manual_seed(1))
+        self.assertTrue(syget.decode(images).equal(scenes) and (scenes[..., 0] == 1).flatten(1).any(1).all())
+        self.assertAlmostEqual((scenes[..., 1] > 0).float().mean().item(), 0.805, delta=0.006)
+        if (data.download.CACHE / "shapes_syget/val_iid.input.npy").exists():
+            self.assertEqual(syget.published("val_iid")[2].sum(), 405)  # and all 1,080 answers are the executor's
+            with mock.patch.object(syget, "decode", lambda x, decode=syget.decode: decode(x.flip(-1))):  # as B, G, R
+                self.assertRaisesRegex(ValueError, "val_iid.output: 3[0-9][0-9] answers", syget.published, "val_iid")
+
+
 class Repository(unittest.TestCase):
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 450, "sigmoid_gpt.py": 450, "test_all.py": 650}
+        budgets = {"flashsigmoid.py": 450, "sigmoid_gpt.py": 450, "nmn_iterated.py": 560, "test_all.py": 650}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
             self.assertLessEqual(len(lines), budgets.get(path.name, 90), path)
