@@ -39,8 +39,8 @@ from data.shapes_syget import load_shapes
 END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the longest program, 7, and its <end>
 SEEN = 135  # the first questions are those of training, the rest those of Val-OOD
 DEFAULTS = {
-    "cpu": dict(batch=128, interact_steps=1500, generator_steps=100, engine_steps=2000, generations=3),
-    "gpu": dict(batch=512, interact_steps=2000, generator_steps=100, engine_steps=2000, generations=8),
+    "cpu": dict(batch=128, hidden=64, interact_steps=1200, generator_steps=150, engine_steps=1500, generations=3),
+    "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=100, engine_steps=1500, generations=4),
 }
 REPORTED = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
 REPORTED += [f"last_{key}" for key in REPORTED] + ["train_acc", "program_acc", "seconds"]
@@ -363,8 +363,10 @@ def train(args, data, device, out_dir):
     given = torch.randperm(SEEN, generator=torch.Generator().manual_seed(args.seed))[:args.given].to(device)
     phases = dict(interacting=args.interact_steps, generator=args.generator_steps, engine=args.engine_steps)
     schedule = [(g, *phase) for g in range(args.generations) for phase in phases.items() if phase[1]]
-    if args.generations == 1:
-        schedule = [(0, "engine" if args.true_programs else "interacting", args.interact_steps)]
+    while schedule[-1][1] != "interacting":  # the last generation has no heirs
+        schedule.pop()
+    if args.true_programs:
+        schedule = [(0, "engine", args.interact_steps)]
     torch.manual_seed(1_000_003 * args.seed)
     agents = {kind: new_agent(kind, args, device) for kind in ("generator", "engine")}
     number, done, records, transmitted, baseline = 0, 0, [], None, torch.zeros((), device=device)
@@ -520,7 +522,7 @@ def parse_flags(argv):
     model = parser.add_argument_group("model").add_argument
     model("--modules", choices=("tensor", "film", "vector"), default="tensor", help="Tensor-, Tensor-FiLM-, Vector-NMN")
     model("--width", type=int, default=32, help="channels of the engine")
-    model("--hidden", type=int, default=64, help="units of the generator")
+    model("--hidden", type=int, help="units of the generator")
     model("--spectral_norm", action="store_true", help="of the engine's convolutions")
     optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--generations", type=int, help="1: no iterated learning, the agents interact and that is all")

@@ -413,8 +413,8 @@ class TextData(unittest.TestCase):
 # -------- nmn_iterated.py, data/shapes_questions.py and data/shapes_syget.py
 
 class NMNIterated(unittest.TestCase):
-    TINY = ("--device cpu --images 2 --width 8 --hidden 16 --batch 16 --generations 2 --interact_steps 4 --eval_interval "
-            "2 --generator_steps 4 --engine_steps 4 --transmitted 50 --out_dir").split()
+    TINY = ("--device cpu --images 2 --width 8 --hidden 16 --batch 16 --generations 2 --interact_steps 4 --lr 0.01 "
+            "--eval_interval 2 --generator_steps 4 --engine_steps 4 --transmitted 50 --out_dir").split()
 
     def test_batches_run_as_one_by_one(self):
         true = questions.question_tensors()["programs"][::6]
@@ -435,11 +435,11 @@ class NMNIterated(unittest.TestCase):
                                          for x in (logits, torch.stack(singly))), atol=1e-5, rtol=1e-4)
         self.assertTrue(valid[:len(true)].all() and not valid[-1] and valid.sum() < len(true) + 10)
 
-    def test_reinforce(self):  # samples estimate the gradient of the expected reward, from all 157 programs of two tokens
+    def test_reinforce(self):  # samples estimate the gradient of the expected reward, over all programs of two tokens
         shapes = nmn_iterated.load(nmn_iterated.parse_flags([*self.TINY, "x"]), 0, "cpu")
         generator, programs = nmn_iterated.Generator(16), torch.tensor([[0, 0], *product(range(1, 13), range(13))])
         asked, rows = torch.full((157,), 7), torch.full((20_000,), 14)  # image 14 asks question 7
-        judge = lambda images, said: (F.one_hot((said[:, 0] + shapes.train[2][14]) % 2, 2).float(), said[:, 0] > 3)
+        judge = lambda images, said: (F.one_hot((said[:, 0] + shapes.train[2][14]) % 2).float(), said[:, 0] > 3)
         with mock.patch.object(nmn_iterated, "LENGTH", 2):
             p = nmn_iterated.speak(generator, shapes.words[asked], shapes.lengths[asked], programs)[1].exp()
             loss, _ = nmn_iterated.interacting_loss(generator, judge, shapes, rows, asked[:0], 0.3)
@@ -453,9 +453,9 @@ class NMNIterated(unittest.TestCase):
             found, save = {}, nmn_iterated.save_checkpoint
             def spy(path, state):
                 save(path, state)
-                at = state["number"], state["done"]
-                found[at] = {k: torch.cat([x.flatten() for x in torch.load(path)["agents"][k][0].values()]) for k in pair}
-                return sys.exit(9) if at == kill else None
+                found[state["number"], state["done"]] = {
+                    kind: torch.cat([x.flatten() for x in torch.load(path)["agents"][kind][0].values()]) for kind in pair}
+                return sys.exit(9) if kill in found else None
             with mock.patch.object(nmn_iterated, "save_checkpoint", spy):
                 run(nmn_iterated.main, *self.TINY, out, *flags)
             return found
