@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from data.shapes_questions import QUESTIONS, TOKENS, WORDS, english, question_tensors
@@ -77,23 +76,20 @@ class Generator(nn.Module):
         return self.out(torch.cat([h, context], -1)), (h, c, context)
 
 
-def gumbel(B, device, generator=None):
-    """(B, T, V) for `speak`."""
-    uniform = torch.rand(B, LENGTH, len(TOKENS), device=device, generator=generator)
-    return -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-
-
-def speak(generator, words, lengths, forced=None, noise=None):
+def speak(generator, words, lengths, forced=None, sampled=False, source=None):
     """Programs (B, T) int64 for questions, and the log-probability (B,) of each, its <end> included.
 
-    noise (B, T, V), drawn from Gumbel's distribution, samples; None takes the likeliest token. Where forced (B, T) is
-    not -1, it is said instead. After <end> everything is <end> and counts for nothing."""
+    They are sampled, with `source` for a torch.Generator, or token by token the likeliest. Where forced (B, T) is not
+    -1, it is said instead. After <end> everything is <end> and counts for nothing."""
+    if sampled:  # the largest of logits + Gumbel noise is a sample of their softmax
+        uniform = torch.rand(len(words), LENGTH, len(TOKENS), device=words.device, generator=source)
+        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
     memory, state = generator.read(words, lengths)
     token, ended = torch.full_like(lengths, START), torch.zeros_like(lengths, dtype=torch.bool)
     tokens, log_p = [], 0.0
     for t in range(LENGTH):
         logits, state = generator.write(memory, state, token)
-        token = (logits if noise is None else logits + noise[:, t]).argmax(-1)
+        token = (logits + noise[:, t] if sampled else logits).argmax(-1)
         if forced is not None:
             token = torch.where(forced[:, t] < 0, token, forced[:, t])
         token = token.masked_fill(ended, END)
@@ -118,10 +114,10 @@ def parse(programs):
         inside, one = t < length, torch.full_like(length, t + 1).minimum(length)
         two = ends.gather(1, one[:, None])[:, 0]
         three = ends.gather(1, two[:, None])[:, 0]
-        ends[:, t] = torch.where(inside, torch.stack([one, two, three], 1).gather(1, arity[:, t:t + 1])[:, 0], length)
+        places = torch.stack([torch.zeros_like(one), one, two, three], 1)
+        ends[:, t] = torch.where(inside, places.gather(1, arity[:, t:t + 1] + 1)[:, 0], length)
         second[:, t] = torch.where(inside & (arity[:, t] == 2) & (two < length), two, T)
-        lacking = (arity[:, t] > 0) & (one >= length) | (arity[:, t] == 2) & (two >= length)
-        wellformed = wellformed & ~(inside & lacking)
+        wellformed = wellformed & ~(inside & (places.gather(1, arity[:, t:t + 1])[:, 0] >= length))
     return second, wellformed & (ends[:, 0] == length)
 
 
@@ -158,11 +154,11 @@ class Conv(nn.Module):
         bias = self.bias.repeat(1, 9)                                                           # (V, 9D)
         if token is None:
             return torch.addmm(bias[0], x, matrices if x.is_cuda else matrices[0])
-        if isinstance(token, Tensor):  # every token's for every example: no wait for how many each has
-            y = torch.addmm(bias.flatten(), x, matrices).unflatten(1, bias.shape)               # (B, V, 9D)
-            return y.gather(1, token.view(-1, 1, 1).expand(-1, 1, bias.shape[1]))[:, 0]
-        parts = zip(x.split(token), matrices, bias.unbind())
-        return torch.cat([torch.addmm(b, part, W) if v > END else part for v, (part, W, b) in enumerate(parts)])
+        if isinstance(token, list):
+            parts = zip(x.split(token), matrices, bias.unbind())
+            return torch.cat([torch.addmm(b, part, W) if v > END else part for v, (part, W, b) in enumerate(parts)])
+        y = torch.addmm(bias.flatten(), x, matrices).unflatten(1, bias.shape)  # every token's: no wait for how many
+        return y.gather(1, token.view(-1, 1, 1).expand(-1, 1, bias.shape[1]))[:, 0]
 
 
 class TensorModules(nn.Module):
@@ -225,10 +221,6 @@ class Engine(nn.Module):
                       FilmModules(D, args.spectral_norm, args.modules == "vector"))
         self.classifier = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, 2))
 
-    def look(self, images):
-        """images (B, 9, 300) uint8 -> (B, 9D)."""
-        return self.stem(images / 255.0).flatten(1)
-
     def classify(self, state):
         """The state (B, S) of a program -> logits (B, 2) of no and yes, after the largest of each channel."""
         return self.classifier(state.unflatten(1, (-1, self.classifier[0].in_features)).amax(1))
@@ -237,7 +229,8 @@ class Engine(nn.Module):
         """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2) and wellformed (B,).
 
         An ill-formed program answers with the state of its first token."""
-        (second, wellformed), T, scene = parse(programs), programs.shape[1], self.look(images)
+        (second, wellformed), T = parse(programs), programs.shape[1]
+        scene = self.stem(images / 255.0).flatten(1)                                            # (B, 9D)
         matrices = [conv.matrices() for conv in self.cells.convs]
         states = [scene.new_zeros(len(scene), self.size)]  # of position T, then T - 1, ...
         for t in reversed(range(T)):
@@ -251,33 +244,29 @@ class Engine(nn.Module):
         return self.classify(states[-1]), wellformed
 
 
-# -------- Losses
+# -------- Loss
 
-def interacting_loss(generator, engine, data, rows, given, baseline):
-    """(loss, reward (B,)): cross-entropy of the engine; of the generator, REINFORCE and the given programs."""
-    images, questions, answers = (x[rows] for x in data.train)
-    asked = torch.cat([questions, given])
-    forced = torch.cat([torch.full_like(data.programs[questions], -1), data.programs[given]])
-    programs, log_p = speak(generator, data.words[asked], data.lengths[asked], forced, gumbel(len(asked), rows.device))
+def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, true_programs=False):
+    """(loss, right (B,)) of a batch: rows (B,) of the training set, or, in phase "generator", of what was transmitted.
+
+    "generator": cross-entropy of programs, transmitted and given ones; "engine": of answers to what the generator says;
+    "interacting": of answers and of given programs, and REINFORCE. Given programs are forced on the same pass."""
+    if phase == "generator":
+        questions, forced = (x[rows] for x in transmitted)
+    else:
+        images, questions, answers = (x[rows] for x in data.train)
+        forced = data.programs[questions] if true_programs else torch.full_like(data.programs[questions], -1)
+    asked, forced = torch.cat([questions, given]), torch.cat([forced, data.programs[given]])
+    with torch.set_grad_enabled(phase != "engine"):
+        programs, log_p = speak(generator, data.words[asked], data.lengths[asked], forced, sampled=True)
+    said, supervised = log_p.tensor_split([len(rows)])
+    supervised = -supervised.sum() / max(1, len(given))
+    if phase == "generator":
+        return supervised - said.mean(), torch.zeros_like(said)
     logits, wellformed = engine(images, programs[:len(rows)])
-    reward = ((logits.argmax(1) == answers) & wellformed).float()
-    policy = ((reward - baseline) * log_p[:len(rows)]).mean()
-    return F.cross_entropy(logits, answers) - policy - log_p[len(rows):].sum() / max(1, len(given)), reward
-
-
-@torch.no_grad()
-def sample(generator, data, questions):
-    """What the generator says to questions (B,): programs (B, T)."""
-    return speak(generator, data.words[questions], data.lengths[questions],
-                 noise=gumbel(len(questions), questions.device))[0]
-
-
-def engine_loss(generator, engine, data, rows):
-    """(loss, right (B,)): cross-entropy of answers to what the generator says; without one, to the true programs."""
-    images, questions, answers = (x[rows] for x in data.train)
-    programs = data.programs[questions] if generator is None else sample(generator, data, questions)
-    logits = engine(images, programs)[0]
-    return F.cross_entropy(logits, answers), (logits.argmax(1) == answers).float()
+    right = ((logits.argmax(1) == answers) & wellformed).float()
+    policy = -((right - baseline) * said).mean() if phase == "interacting" else 0.0
+    return F.cross_entropy(logits, answers) + policy + supervised, right
 
 
 # -------- Evaluation
@@ -291,8 +280,8 @@ def evaluate(generator, engine, data, transmitted):
     if generator is not None:
         programs, _ = speak(generator, data.words, data.lengths)
         questions = torch.arange(16 * SEEN, device=programs.device) % SEEN
-        noise = gumbel(len(questions), programs.device, torch.Generator(programs.device).manual_seed(0))
-        log_p = speak(generator, data.words[questions], data.lengths[questions], noise=noise)[1]
+        source = torch.Generator(programs.device).manual_seed(0)
+        log_p = speak(generator, data.words[questions], data.lengths[questions], sampled=True, source=source)[1]
         found["entropy"] = -log_p.mean().item()  # nats a program
     right, valid = (programs == data.programs).all(1).float(), parse(programs)[1].float()
     for split, part in (("val_iid", slice(SEEN)), ("val_ood", slice(SEEN, None))):
@@ -352,9 +341,8 @@ def load_checkpoint(path, device, args):
 def new_agent(kind, args, device):
     """A fresh generator or engine, and an optimiser that knows nothing of the one before."""
     agent = (Engine(args) if kind == "engine" else Generator(args.hidden)).to(device)
-    decay = args.weight_decay if kind == "engine" else 0.0
-    on_cuda = dict(capturable=True) if device.type == "cuda" else {}
-    return agent, torch.optim.AdamW(agent.parameters(), args.lr, weight_decay=decay, fused=True, **on_cuda)
+    return agent, torch.optim.AdamW(agent.parameters(), args.lr, weight_decay=args.weight_decay, fused=True,
+                                    capturable=device.type == "cuda")
 
 
 def train(args, data, device, out_dir):
@@ -390,26 +378,21 @@ def train(args, data, device, out_dir):
         torch.manual_seed(1_000_003 * args.seed + 500_000 + number)
         if not done and phase == "generator":  # the old one speaks for the last time
             questions = torch.randint(SEEN, (args.transmitted,), device=device)
-            transmitted = questions, sample(agents["generator"][0], data, questions)
+            with torch.no_grad():
+                words, lengths = data.words[questions], data.lengths[questions]
+                transmitted = questions, speak(agents["generator"][0], words, lengths, sampled=True)[0]
         if not done and (phase == "generator" or phase == "engine" and not args.keep_engine):
             agents[phase] = new_agent(phase, args, device)
         generator, engine = agents["generator"][0], agents["engine"][0]
         learning = [optimizer for kind, (_, optimizer) in agents.items() if phase in (kind, "interacting")]
 
         def step():
-            if phase == "generator":
-                pick, right = torch.randint(args.transmitted, (args.batch,), device=device), torch.zeros_like(baseline)
-                asked = torch.cat([transmitted[0][pick], given])  # what is given is known to every generation
-                programs = torch.cat([transmitted[1][pick], data.programs[given]])
-                log_p = speak(generator, data.words[asked], data.lengths[asked], programs)[1]
-                loss = -log_p[:args.batch].mean() - log_p[args.batch:].sum() / max(1, args.given)
-            else:
-                rows = torch.randint(len(data.train[0]), (args.batch,), device=device)
-                if phase == "engine":
-                    loss, right = engine_loss(None if args.true_programs else generator, engine, data, rows)
-                else:
-                    loss, right = interacting_loss(generator, engine, data, rows, given, baseline)
-                    baseline.lerp_(right.mean(), 0.1)
+            choices = args.transmitted if phase == "generator" else len(data.train[0])
+            rows = torch.randint(choices, (args.batch,), device=device)
+            examples = given[:0] if phase == "engine" else given  # known to every generation
+            loss, right = loss_of(phase, generator, engine, data, rows, examples, baseline, transmitted, args.true_programs)
+            if phase == "interacting":
+                baseline.lerp_(right.mean(), 0.1)
             loss.backward()
             for optimizer in learning:
                 optimizer.step()
@@ -458,8 +441,8 @@ def compare(args, device, out_dir):
     """Iterated learning and none, from the same images, weights and given programs, with equally many interactions.
 
     Returns (rows, {name: records of the last seed}, data of the last seed)."""
-    total = args.generations * args.interact_steps
-    arms = {"no generations": dict(generations=1, interact_steps=total), "iterated": {}}
+    steps = args.generations * args.interact_steps
+    arms = {"no generations": dict(generations=1, interact_steps=steps), "iterated": {}}
     runs, curves = {name: [] for name in arms}, {}
     for seed in range(args.seed, args.seed + args.seeds):
         data = load(args, seed, device)
@@ -470,18 +453,14 @@ def compare(args, device, out_dir):
             runs[name].append([metrics[key] for key in REPORTED])
     runs = {name: torch.tensor(run, dtype=torch.float64) for name, run in runs.items()}         # (seeds, metrics)
     runs["difference"] = runs["iterated"] - runs["no generations"]
-    quantiles = dict(zip(range(2, 9), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)))  # Student's t, 95 %
     rows = []
-    print(f"\nmean ± std, seeds: {args.seeds}; of the difference, ± half of its 95 % interval")
+    print(f"\nmean ± std, seeds: {args.seeds}" + "".join(f"{key[4:]:>22}" for key in REPORTED[:4]))
     for name, run in runs.items():
-        width, kind = run.std(0, correction=min(1, args.seeds - 1)), "std"
-        if name == "difference":
-            width, kind = width * quantiles.get(args.seeds, math.nan) / args.seeds ** 0.5, "interval"
-        mean, width = dict(zip(REPORTED, run.mean(0).tolist())), dict(zip(REPORTED, width.tolist()))
-        rows.append(dict(name=name, seeds=args.seeds) | mean | {f"{key}_{kind}": width[key] for key in REPORTED})
-        for when, start in (("best by Val-IID", "val_"), ("at the end", "last_val_")):
-            print(f"{name:16}{when:17}" + "".join(f"{key[len(start):]:>17} {mean[key]:.3f} ± {width[key]:.3f}"
-                                                  for key in REPORTED if key.startswith(start)))
+        mean, spread = run.mean(0).tolist(), run.std(0, correction=min(1, args.seeds - 1)).tolist()
+        rows.append(dict(name=name, seeds=args.seeds, **dict(zip(REPORTED, mean)),
+                         **{f"{key}_std": value for key, value in zip(REPORTED, spread)}))
+        for when, part in (("best Val-IID", slice(4)), ("end", slice(4, 8))):
+            print(f"{name}, {when}".ljust(28) + "".join(f"{a:>14.3f} ± {b:.3f}" for a, b in zip(mean[part], spread[part])))
     return rows, curves, data
 
 
@@ -534,11 +513,11 @@ def parse_flags(argv):
     optimisation("--true_programs", action="store_true", help="no generator: the engine learns with true programs")
     optimisation("--batch", type=int, help="images, or programs, a step")
     optimisation("--lr", type=float, default=1e-3, help="learning rate of AdamW")
-    optimisation("--weight_decay", type=float, default=0.0, help="decoupled, of the engine")
+    optimisation("--weight_decay", type=float, default=0.0, help="decoupled")
     run = parser.add_argument_group("run").add_argument
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=0, help="of images, given programs, weights and samples")
-    run("--plot", metavar="FILE.png", help="draw accuracies, and what the modules attend to")
+    run("--plot", metavar="FILE.png", help="draw answers and programs against interactions")
     run("--out_dir", default="out/nmn_iterated", help="for checkpoint.pt, log.jsonl, metrics.json")
     run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit")
     run("--eval_interval", type=int, default=500, help="steps of a phase between evaluations, each with a checkpoint")
@@ -549,13 +528,12 @@ def parse_flags(argv):
         parser.set_defaults(**DEFAULTS["cpu"])
         args = parser.parse_args(argv)
     args.generations = 1 if args.true_programs else args.generations
-    lowest = dict(images=1, given=0, width=1, hidden=16, generations=1, interact_steps=1, transmitted=1, batch=1, lr=0,
+    lowest = dict(images=1, given=0, width=1, hidden=1, generations=1, interact_steps=1, transmitted=1, batch=1, lr=0,
                   generator_steps=0, engine_steps=0, weight_decay=0, seeds=1, seed=0, eval_interval=1)
     for wrong, message in (
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
             (args.given > SEEN, f"--given {args.given}; allowed: {SEEN} or fewer"),
-            (args.hidden % 16, f"--hidden {args.hidden}; allowed: multiples of 16"),
             (args.compare and (args.resume or args.generations < 2),
              "--compare; allowed: with --generations 2 or more, without --resume and --true_programs"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
@@ -598,11 +576,11 @@ def main(argv=None):
         curves = dict(iterated=records)
         for key, value in result.items():
             print(f"{key:26}{value:,.4f}")
-    for split in ("val_iid", "val_ood"):  # what no question and no image is needed for, and no image
+    for split in ("val_iid", "val_ood"):  # so that an accuracy can be read
         _, questions, answers = getattr(data, split)
-        rates = [answers[questions == i].float().mean() for i in questions.unique()]
-        print(f"{split}: always no {1 - answers.float().mean():.3f}, the best answer to each question, blind "
-              f"{torch.stack([rate.maximum(1 - rate) for rate in rates]).mean():.3f}")
+        rates = torch.stack([answers[questions == i].float().mean() for i in questions.unique()])
+        print(f"{split}: blind, always no {1 - rates.mean():.3f}, the best for each question "
+              f"{rates.maximum(1 - rates).mean():.3f}")
     result.update(device=name, dataset=args.data, seed=args.seed, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:

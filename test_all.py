@@ -425,7 +425,7 @@ class NMNIterated(unittest.TestCase):
             engine = nmn_iterated.Engine(nmn_iterated.parse_flags(f"--width 8 --modules {kind}".split())).eval()
             singly, matrices = [], [conv.matrices() for conv in engine.cells.convs]
             for image, tokens in zip(images, programs.tolist()):
-                scene, stack, zero = engine.look(image[None]), [], torch.zeros(1, engine.size)
+                scene, stack, zero = engine.stem(image[None] / 255.0).flatten(1), [], torch.zeros(1, engine.size)
                 for token in (token for token in reversed(tokens) if token):
                     operands = [stack.pop() if stack and i < (token > 1) + (token == 12) else zero for i in (0, 1)]
                     stack.append(engine.cells(scene, *operands, torch.tensor([token]), matrices))
@@ -442,7 +442,7 @@ class NMNIterated(unittest.TestCase):
         judge = lambda images, said: (F.one_hot((said[:, 0] + shapes.train[2][14]) % 2).float(), said[:, 0] > 3)
         with mock.patch.object(nmn_iterated, "LENGTH", 2):
             p = nmn_iterated.speak(generator, shapes.words[asked], shapes.lengths[asked], programs)[1].exp()
-            loss, _ = nmn_iterated.interacting_loss(generator, judge, shapes, rows, asked[:0], 0.3)
+            loss, _ = nmn_iterated.loss_of("interacting", generator, judge, shapes, rows, asked[:0], 0.3, None)
         expected = (p * ((programs[:, 0] > 3) & (programs[:, 0] % 2 == 0))).sum()
         exact, sampled = (torch.autograd.grad(x, generator.out.bias)[0] for x in (-expected, loss))
         self.assertAlmostEqual(p.sum().item(), 1, places=5)
@@ -459,7 +459,7 @@ class NMNIterated(unittest.TestCase):
             with mock.patch.object(nmn_iterated, "save_checkpoint", spy):
                 run(nmn_iterated.main, *self.TINY, out, *flags)
             return found
-        out, pair, loss = tempfile.mkdtemp(), ("generator", "engine"), nmn_iterated.interacting_loss
+        out, pair, loss = tempfile.mkdtemp(), ("generator", "engine"), nmn_iterated.loss_of
         self.addCleanup(shutil.rmtree, out)
         learning, still = states(), states("--lr", 0)
         for phase, (kind, other) in enumerate((pair, pair[::-1]), 1):
@@ -468,10 +468,10 @@ class NMNIterated(unittest.TestCase):
             self.assertFalse(still[phase - 1, 4][kind].equal(still[phase, 2][kind]))  # new, where nobody learns
         for kill in ((0, 2), (1, 2), (2, 2), "Ctrl-C"):
             press = lambda *x: signal.raise_signal(signal.SIGINT) or loss(*x)
-            with mock.patch.object(nmn_iterated, "interacting_loss", press if kill == "Ctrl-C" else loss):
+            with mock.patch.object(nmn_iterated, "loss_of", press if kill == "Ctrl-C" else loss):
                 self.assertEqual(max(states(kill=kill)), (0, 1) if kill == "Ctrl-C" else kill)
-            end = states("--resume")[5, 4]
-            self.assertTrue(all(end[kind].equal(learning[5, 4][kind]) for kind in pair), kill)
+            end = states("--resume")[3, 4]
+            self.assertTrue(all(end[kind].equal(learning[3, 4][kind]) for kind in pair), kill)
         for flags, words in (("--given 136", "--given 136; allowed: 135"), ("--compare --resume", "--compare; allowed"),
                              ("--lr nan", "--lr nan; allowed"), ("--resume --width 9", "width 8 there, 9 here")):
             status, printed = run(nmn_iterated.main, *self.TINY, out, *flags.split())
