@@ -1,6 +1,5 @@
 """
-Iterated learning of module networks, in the manner of "Iterated Learning for Emergent Systematicity in VQA"
-(arXiv 2105.01119).
+Neural module networks, in the manner of "Iterated Learning for Emergent Systematicity in VQA" (arXiv 2105.01119).
 
 A generator reads a question q and says a program z, token by token. An engine runs z on the image x, one neural module
 a token, and answers y. They learn jointly, with z* the few programs that are given, r = 1 where a well-formed program
@@ -8,15 +7,15 @@ got the right answer, and b the moving average of r:
 
     L_engine = -log p(y | x, z), z ~ p(z | q)        L_generator = -(r - b) log p(z | q) - mean of log p(z* | q)
 
-That makes answers right, not programs systematic. A generation goes on with three more phases: the generator's language
-is sampled, a new generator learns it from those samples in few steps, and a new engine learns to run what that one
-says. What is irregular is hard to learn again.
+That makes answers right, not programs systematic. So there are generations: the generator's language is sampled, a new
+generator learns it in few steps, a new engine learns to run what that one says, and these two learn jointly in turn.
+What is irregular is hard to learn again.
 
-    python nmn_iterated.py                one run, generation by generation
+    python nmn_iterated.py                the language, generation by generation
     python nmn_iterated.py --compare      beside the same agents without generations, with equally many interactions
 
-Differs from the paper, whose sizes, rates and phase lengths this file does not know: all of these are ours, as are the
-equations of the Tensor-FiLM modules and of the stem. Images are drawn anew, 600 a question; the paper's data have 56.
+Differs from the paper: its sizes, rates, phase lengths, stem and Tensor-FiLM equations were not known to us, so these
+are ours; images are drawn anew, 600 a question, where its data have 56.
 """
 import argparse
 import importlib.util
@@ -77,10 +76,9 @@ class Generator(nn.Module):
 
 
 def speak(generator, words, lengths, forced=None, sampled=False, source=None):
-    """Programs (B, T) int64 for questions, and the log-probability (B,) of each, its <end> included.
+    """Programs (B, T) int64 for questions, sampled or token by token the likeliest, and log p (B,) of each.
 
-    They are sampled, with `source` for a torch.Generator, or token by token the likeliest. Where forced (B, T) is not
-    -1, it is said instead. After <end> everything is <end> and counts for nothing."""
+    Where forced (B, T) is not -1, it is said instead. After <end> everything is <end> and counts for nothing."""
     if sampled:  # the largest of logits + Gumbel noise is a sample of their softmax
         uniform = torch.rand(len(words), LENGTH, len(TOKENS), device=words.device, generator=source)
         noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
@@ -100,7 +98,7 @@ def speak(generator, words, lengths, forced=None, sampled=False, source=None):
 
 
 # -------- Execution engines. A batch of programs runs from right to left, a position of all of them at once. The state
-# of a token is S numbers: D = width in each of 9 cells, in a Vector-NMN D alone; zero for <end> and missing operands.
+# of a token is D = width numbers in each of 9 cells, zero for <end> and missing operands.
 
 def parse(programs):
     """programs (B, T) in prefix order -> where the second operand of each token begins (B, T), T if there is none, and
@@ -135,9 +133,8 @@ class Conv(nn.Module):
         self.register_buffer("u", F.normalize(torch.randn(V, 9 * D, 1), dim=1) if spectral_norm else None)
 
     def matrices(self):
-        """The weights as V matrices (9C, 9D), side by side (9C, V 9D) on CUDA; to be made once a batch.
-
-        With spectral norm, each over its largest singular value, which a power iteration follows from step to step."""
+        """The weights as V matrices (9C, 9D), side by side (9C, V 9D) on CUDA; to be made once a batch. With spectral
+        norm, each over its largest singular value, which a power iteration follows from step to step."""
         padded = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
         spread = padded.index_select(0, self.steps).unflatten(0, (9, 9))                        # (9, 9, C, V, D)
         W = spread.permute(3, 0, 2, 1, 4).flatten(3).flatten(1, 2)                              # (V, 9C, 9D)
@@ -146,19 +143,19 @@ class Conv(nn.Module):
                 with torch.no_grad():
                     self.u.copy_(F.normalize(W.mT @ F.normalize(W @ self.u, dim=1), dim=1))
             W = W / (W @ self.u.clone()).norm(dim=1, keepdim=True)
-        return W.transpose(0, 1).flatten(1) if W.is_cuda else W.unbind()
+        return W.transpose(0, 1).flatten(1) if W.is_cuda or len(W) == 1 else W.unbind()
 
     def forward(self, x, matrices, token=None):
-        """token chooses the weights: None if there is one for all, a tensor (B,) on CUDA, or, x being sorted by token,
-        the list (V,) of how many examples each token has."""
+        """token (B,) chooses the weights, if there are several; x being sorted by token, it may be the list (V,) of how
+        many examples each token has."""
         bias = self.bias.repeat(1, 9)                                                           # (V, 9D)
-        if token is None:
-            return torch.addmm(bias[0], x, matrices if x.is_cuda else matrices[0])
         if isinstance(token, list):
             parts = zip(x.split(token), matrices, bias.unbind())
             return torch.cat([torch.addmm(b, part, W) if v > END else part for v, (part, W, b) in enumerate(parts)])
-        y = torch.addmm(bias.flatten(), x, matrices).unflatten(1, bias.shape)  # every token's: no wait for how many
-        return y.gather(1, token.view(-1, 1, 1).expand(-1, 1, bias.shape[1]))[:, 0]
+        y = torch.addmm(bias.flatten(), x, matrices)  # every token's for every example: no wait for how many each has
+        if token is None:
+            return y
+        return y.unflatten(1, bias.shape).gather(1, token.view(-1, 1, 1).expand(-1, 1, bias.shape[1]))[:, 0]
 
 
 class TensorModules(nn.Module):
@@ -182,33 +179,19 @@ class TensorModules(nn.Module):
 
 
 class FilmModules(nn.Module):
-    """Convolutions shared by all tokens, between them FiLM: (1 + 2 tanh(scale)) * y + shift, a channel at a time.
+    """Tensor-FiLM-NMN, in our form: one residual block for all tokens, each with its own scales and shifts."""
 
-    Vector-NMN: two residual blocks look at the image again; [token; operands] gives scales and shifts; the state is the
-    largest of each channel. Tensor-FiLM-NMN, in our form: one block, of image and operands; the token gives them."""
-
-    def __init__(self, D, spectral_norm, vector):
+    def __init__(self, D, spectral_norm):
         super().__init__()
-        self.tokens, self.join = nn.Embedding(len(TOKENS), D), None if vector else nn.Linear(3 * D, D)
-        self.convs = nn.ModuleList(Conv(D, D, 1, spectral_norm) for _ in range(4 if vector else 2))
-        width = 3 * D if vector else D
-        self.films = nn.ModuleList(nn.Sequential(nn.Linear(width, 3 * D), nn.ReLU(), nn.Linear(3 * D, 2 * D))
-                                   for _ in self.convs)
+        self.films = nn.ModuleList(nn.Embedding(len(TOKENS), 2 * D) for _ in range(2))
+        self.join = nn.Linear(3 * D, D)
+        self.convs = nn.ModuleList(Conv(D, D, 1, spectral_norm) for _ in range(2))
 
     def forward(self, scene, first, second, token, matrices):
-        condition, x = self.tokens(token), scene                                                # (B, D), (B, 9D)
-        if self.join is None:
-            condition = torch.cat([condition, first, second], 1)                                # (B, 3D)
-        else:
-            cells = torch.cat([state.unflatten(1, (9, -1)) for state in (scene, first, second)], 2)
-            x = F.relu(self.join(cells)).flatten(1)
-        y = x
-        for i, (conv, film, matrix) in enumerate(zip(self.convs, self.films, matrices)):
-            scale, shift = film(condition)[:, None].chunk(2, 2)                                 # (B, 1, D)
-            y = conv(((1 + 2 * torch.tanh(scale)) * y.unflatten(1, (9, -1)) + shift).flatten(1), matrix)
-            y = F.relu(x + y) if i % 2 else F.relu(y)
-            x = y if i % 2 else x
-        return x.unflatten(1, (9, -1)).amax(1) if self.join is None else x
+        x = F.relu(self.join(torch.cat([x.unflatten(1, (9, -1)) for x in (scene, first, second)], 2)))     # (B, 9, D)
+        (g1, b1), (g2, b2) = (film(token)[:, None].chunk(2, 2) for film in self.films)          # (B, 1, D) each
+        y = F.relu(self.convs[0](((1 + 2 * torch.tanh(g1)) * x + b1).flatten(1), matrices[0])).unflatten(1, (9, -1))
+        return F.relu(x.flatten(1) + self.convs[1](((1 + 2 * torch.tanh(g2)) * y + b2).flatten(1), matrices[1]))
 
 
 class Engine(nn.Module):
@@ -216,27 +199,23 @@ class Engine(nn.Module):
         super().__init__()
         D = args.width
         self.stem = nn.Sequential(nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, D), nn.ReLU())  # a cell is 10 x 10 x 3
-        self.size = D if args.modules == "vector" else 9 * D
-        self.cells = (TensorModules(D, args.spectral_norm) if args.modules == "tensor" else
-                      FilmModules(D, args.spectral_norm, args.modules == "vector"))
+        self.cells = (TensorModules if args.modules == "tensor" else FilmModules)(D, args.spectral_norm)
         self.classifier = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, 2))
 
     def classify(self, state):
-        """The state (B, S) of a program -> logits (B, 2) of no and yes, after the largest of each channel."""
-        return self.classifier(state.unflatten(1, (-1, self.classifier[0].in_features)).amax(1))
+        """The state (B, 9D) of a program -> logits (B, 2) of no and yes, from the largest of each channel."""
+        return self.classifier(state.unflatten(1, (9, -1)).amax(1))
 
     def forward(self, images, programs):
-        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2) and wellformed (B,).
-
-        An ill-formed program answers with the state of its first token."""
+        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2), from the first token's state; wellformed (B,)."""
         (second, wellformed), T = parse(programs), programs.shape[1]
         scene = self.stem(images / 255.0).flatten(1)                                            # (B, 9D)
         matrices = [conv.matrices() for conv in self.cells.convs]
-        states = [scene.new_zeros(len(scene), self.size)]  # of position T, then T - 1, ...
+        states = [torch.zeros_like(scene)]  # of position T, then T - 1, ...
         for t in reversed(range(T)):
             token, operand = programs[:, t], states[0]
             if token.is_cuda or (token == AND).any():
-                index = (T - second[:, t]).view(-1, 1, 1).expand(-1, 1, self.size)
+                index = (T - second[:, t]).view(-1, 1, 1).expand(-1, 1, scene.shape[1])
                 operand = torch.stack(states, 1).gather(1, index)[:, 0]
             first = states[-1].masked_fill((token == SCENE)[:, None], 0)
             state = self.cells(scene, first, operand, token, matrices)
@@ -246,16 +225,17 @@ class Engine(nn.Module):
 
 # -------- Loss
 
-def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, true_programs=False):
+def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, args):
     """(loss, right (B,)) of a batch: rows (B,) of the training set, or, in phase "generator", of what was transmitted.
 
     "generator": cross-entropy of programs, transmitted and given ones; "engine": of answers to what the generator says;
-    "interacting": of answers and of given programs, and REINFORCE. Given programs are forced on the same pass."""
+    "interacting": of answers and of given programs, and REINFORCE. Every generation knows the given programs."""
     if phase == "generator":
         questions, forced = (x[rows] for x in transmitted)
     else:
         images, questions, answers = (x[rows] for x in data.train)
-        forced = data.programs[questions] if true_programs else torch.full_like(data.programs[questions], -1)
+        forced = data.programs[questions] if args.true_programs else torch.full_like(data.programs[questions], -1)
+    given = given[:0] if phase == "engine" else given
     asked, forced = torch.cat([questions, given]), torch.cat([forced, data.programs[given]])
     with torch.set_grad_enabled(phase != "engine"):
         programs, log_p = speak(generator, data.words[asked], data.lengths[asked], forced, sampled=True)
@@ -273,8 +253,8 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
 
 @torch.no_grad()
 def evaluate(generator, engine, data, transmitted):
-    """Right answers, right and well-formed greedy programs on Val-IID and Val-OOD, and how the language is. Without a
-    generator, of the true programs. Draws nothing from the random numbers of training."""
+    """What is right on Val-IID and Val-OOD, of greedy programs; without a generator, of true ones. Leaves the random
+    numbers of training alone."""
     engine.eval()
     found, programs = {}, data.programs
     if generator is not None:
@@ -287,8 +267,8 @@ def evaluate(generator, engine, data, transmitted):
     for split, part in (("val_iid", slice(SEEN)), ("val_ood", slice(SEEN, None))):
         batches = zip(*(x.split(2048) for x in getattr(data, split)))
         answers = torch.cat([engine(images, programs[asked])[0].argmax(1) == y for images, asked, y in batches])
-        found |= {f"{split}_acc": answers.float().mean().item(), f"{split}_program_acc": right[part].mean().item(),
-                  f"{split}_valid": valid[part].mean().item()}
+        scores = dict(acc=answers.float(), program_acc=right[part], valid=valid[part])
+        found |= {f"{split}_{name}": score.mean().item() for name, score in scores.items()}
     if transmitted is not None:
         found["agreement"] = (programs[transmitted[0]] == transmitted[1]).all(1).float().mean().item()
     found["said"] = [f"{english(QUESTIONS[i])}: {' '.join(TOKENS[token] for token in programs[i] if token)}"
@@ -306,17 +286,17 @@ def replayed(step, device):
     side, graph, results = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
 
     def call():
-        if len(results) < 3:
+        if len(results) == 3:
+            with torch.cuda.graph(graph):
+                results.append(step())
+        if len(results) > 3:
+            graph.replay()
+        else:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 results.append(step())
             torch.cuda.current_stream().wait_stream(side)
-            return results[-1]
-        if len(results) == 3:
-            with torch.cuda.graph(graph):
-                results.append(step())
-        graph.replay()
-        return results[3]
+        return results[-1]
 
     return call
 
@@ -332,8 +312,8 @@ def load_checkpoint(path, device, args):
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
     state = torch.load(path, map_location=device, weights_only=True)
-    if differing := [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in FIXED
-                     if state["args"][name] != getattr(args, name)]:
+    there = state["args"]
+    if differing := [f"{x} {there[x]} there, {vars(args)[x]} here" for x in FIXED if there[x] != vars(args)[x]]:
         fail(f"--resume: {path} is another run: {'; '.join(differing)}")
     return state
 
@@ -341,8 +321,7 @@ def load_checkpoint(path, device, args):
 def new_agent(kind, args, device):
     """A fresh generator or engine, and an optimiser that knows nothing of the one before."""
     agent = (Engine(args) if kind == "engine" else Generator(args.hidden)).to(device)
-    return agent, torch.optim.AdamW(agent.parameters(), args.lr, weight_decay=args.weight_decay, fused=True,
-                                    capturable=device.type == "cuda")
+    return agent, torch.optim.Adam(agent.parameters(), args.lr, fused=True, capturable=device.type == "cuda")
 
 
 def train(args, data, device, out_dir):
@@ -389,8 +368,7 @@ def train(args, data, device, out_dir):
         def step():
             choices = args.transmitted if phase == "generator" else len(data.train[0])
             rows = torch.randint(choices, (args.batch,), device=device)
-            examples = given[:0] if phase == "engine" else given  # known to every generation
-            loss, right = loss_of(phase, generator, engine, data, rows, examples, baseline, transmitted, args.true_programs)
+            loss, right = loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, args)
             if phase == "interacting":
                 baseline.lerp_(right.mean(), 0.1)
             loss.backward()
@@ -419,14 +397,12 @@ def train(args, data, device, out_dir):
                 if last:
                     numbers = "  ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "said")
                     bar.write("\n    ".join([f"{generation} {phase:12}{numbers}", *found["said"]]))
-                saved = {kind: [part.state_dict() for part in agent] for kind, agent in agents.items()}
-                save_checkpoint(out_dir / "checkpoint.pt", dict(
-                    args=vars(args), agents=saved, number=number, done=t + 1, records=records, transmitted=transmitted,
-                    baseline=baseline))
+                state = dict(args=vars(args), number=number, done=t + 1, records=records, transmitted=transmitted)
+                state["agents"] = {kind: [part.state_dict() for part in agent] for kind, agent in agents.items()}
+                save_checkpoint(out_dir / "checkpoint.pt", state | dict(baseline=baseline))
             if stop:
                 bar.close()
-                fail(f"interrupted at step {before[number] + t + 1}; {out_dir / 'checkpoint.pt'} is saved, --resume "
-                     "goes on", status=130)
+                fail(f"interrupted; {out_dir / 'checkpoint.pt'} is saved, --resume goes on", status=130)
         done = 0
     bar.close()
     signal.signal(signal.SIGINT, previous)
@@ -438,9 +414,7 @@ def train(args, data, device, out_dir):
 
 
 def compare(args, device, out_dir):
-    """Iterated learning and none, from the same images, weights and given programs, with equally many interactions.
-
-    Returns (rows, {name: records of the last seed}, data of the last seed)."""
+    """Both arms from the same images, weights and given programs: (metrics, {name: records of the last seed}, data)."""
     steps = args.generations * args.interact_steps
     arms = {"no generations": dict(generations=1, interact_steps=steps), "iterated": {}}
     runs, curves = {name: [] for name in arms}, {}
@@ -459,9 +433,10 @@ def compare(args, device, out_dir):
         mean, spread = run.mean(0).tolist(), run.std(0, correction=min(1, args.seeds - 1)).tolist()
         rows.append(dict(name=name, seeds=args.seeds, **dict(zip(REPORTED, mean)),
                          **{f"{key}_std": value for key, value in zip(REPORTED, spread)}))
-        for when, part in (("best Val-IID", slice(4)), ("end", slice(4, 8))):
-            print(f"{name}, {when}".ljust(28) + "".join(f"{a:>14.3f} ± {b:.3f}" for a, b in zip(mean[part], spread[part])))
-    return rows, curves, data
+        for when, i in (("best Val-IID", 0), ("end", 4)):
+            pairs = list(zip(mean, spread))[i:i + 4]
+            print(f"{name}, {when}".ljust(28) + "".join(f"{a:>14.3f} ± {b:.3f}" for a, b in pairs))
+    return dict(rows=rows), curves, data
 
 
 def plot(path, curves):
@@ -473,9 +448,8 @@ def plot(path, curves):
             for split, style in (("iid", ":"), ("ood", "-")):
                 points = [(r["interactions"], r[f"val_{split}_{what}"]) for r in records]
                 axis.plot(*zip(*points), style, color=f"C{colour}", marker=".", label=f"{name}, Val-{split.upper()}")
-            for record in records:
-                if record["end"] and record["phase"] == "interacting":
-                    axis.axvline(record["interactions"], color="0.85", zorder=0)
+            ends = {r["interactions"] for r in records if r["end"] and r["phase"] == "interacting"}
+            axis.vlines(sorted(ends), *axis.get_ylim(), color="0.85", zorder=0)
         axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -499,7 +473,7 @@ def parse_flags(argv):
     data("--images", type=int, default=600, help="to draw for each training question")
     data("--given", type=int, default=20, help="training questions, of 135, whose programs are given")
     model = parser.add_argument_group("model").add_argument
-    model("--modules", choices=("tensor", "film", "vector"), default="tensor", help="Tensor-, Tensor-FiLM-, Vector-NMN")
+    model("--modules", choices=("tensor", "film"), default="tensor", help="Tensor-NMN or Tensor-FiLM-NMN")
     model("--width", type=int, default=32, help="channels of the engine")
     model("--hidden", type=int, help="units of the generator")
     model("--spectral_norm", action="store_true", help="of the engine's convolutions")
@@ -512,8 +486,7 @@ def parse_flags(argv):
     optimisation("--keep_engine", action="store_true", help="renew the generator alone")
     optimisation("--true_programs", action="store_true", help="no generator: the engine learns with true programs")
     optimisation("--batch", type=int, help="images, or programs, a step")
-    optimisation("--lr", type=float, default=1e-3, help="learning rate of AdamW")
-    optimisation("--weight_decay", type=float, default=0.0, help="decoupled")
+    optimisation("--lr", type=float, default=1e-3, help="learning rate of Adam")
     run = parser.add_argument_group("run").add_argument
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=0, help="of images, given programs, weights and samples")
@@ -529,13 +502,12 @@ def parse_flags(argv):
         args = parser.parse_args(argv)
     args.generations = 1 if args.true_programs else args.generations
     lowest = dict(images=1, given=0, width=1, hidden=1, generations=1, interact_steps=1, transmitted=1, batch=1, lr=0,
-                  generator_steps=0, engine_steps=0, weight_decay=0, seeds=1, seed=0, eval_interval=1)
+                  generator_steps=0, engine_steps=0, seeds=1, seed=0, eval_interval=1)
     for wrong, message in (
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
             (args.given > SEEN, f"--given {args.given}; allowed: {SEEN} or fewer"),
-            (args.compare and (args.resume or args.generations < 2),
-             "--compare; allowed: with --generations 2 or more, without --resume and --true_programs"),
+            (args.compare and (args.resume or args.generations < 2), "--compare; allowed: 2 generations, no --resume"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
@@ -544,17 +516,15 @@ def parse_flags(argv):
 
 
 def load(args, seed, device):
-    """On the device: the three splits, each images (N, 9, 300) uint8, questions (N,), answers (N,), and of the 244
-    questions words (244, 11), lengths (244,), programs (244, T)."""
+    """On the device: train, val_iid, val_ood, each images (N, 9, 300) uint8, questions, answers; `question_tensors`."""
     try:
         splits = load_shapes(args.data, args.images, seed)
     except (OSError, ValueError) as error:
-        fail(f"--data {args.data}: {error}")
+        fail(f"--data {args.data}: {error}\nHINT: put shapes_syget of github.com/ankitkv/SHAPES-SyGeT into data/cache")
     for name, (images, *rest) in splits.items():
         cells = images.unflatten(1, (3, 10)).unflatten(3, (3, 10)).transpose(2, 3).reshape(-1, 9, 300)
         splits[name] = [x.to(device) for x in (cells, *rest)]
-    texts = {name: x.to(device) for name, x in question_tensors().items()}
-    return argparse.Namespace(**texts, **splits)
+    return argparse.Namespace(**splits, **{name: x.to(device) for name, x in question_tensors().items()})
 
 
 def main(argv=None):
@@ -563,17 +533,15 @@ def main(argv=None):
     out_dir, device = Path(args.out_dir), torch.device(args.device)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     sizes = [sum(p.numel() for p in new_agent(kind, args, device)[0].parameters()) for kind in ("generator", "engine")]
-    print(f"{name}, float32 (too small for bfloat16 to pay), {args.data} images, generator of {sizes[0]:,} "
-          f"parameters, {args.modules} engine of {sizes[1]:,}")
+    print(f"{name}, float32 (too small for bfloat16 to pay), {args.data} images, parameters: generator {sizes[0]:,}, "
+          f"{args.modules} engine {sizes[1]:,}")
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     if args.compare:
-        rows, curves, data = compare(args, device, out_dir)
-        result = dict(rows=rows)
+        result, curves, data = compare(args, device, out_dir)
     else:
         data = load(args, args.seed, device)
         result, records = train(args, data, device, out_dir)
-        curves = dict(iterated=records)
         for key, value in result.items():
             print(f"{key:26}{value:,.4f}")
     for split in ("val_iid", "val_ood"):  # so that an accuracy can be read
@@ -584,7 +552,7 @@ def main(argv=None):
     result.update(device=name, dataset=args.data, seed=args.seed, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, curves)
+        plot(args.plot, curves if args.compare else {f"{args.generations} generations": records})
     return result
 
 

@@ -421,11 +421,11 @@ class NMNIterated(unittest.TestCase):
         programs = torch.cat([true, torch.randint(13, (40, 8)), 0 * true[:1]])  # most of them ill-formed
         programs = programs.masked_fill((programs == 0).cummax(1).values, 0)
         images = torch.randint(256, (len(programs), 9, 300), dtype=torch.uint8)
-        for kind in ("tensor --spectral_norm", "film", "vector"):
+        for kind in ("tensor --spectral_norm", "film"):
             engine = nmn_iterated.Engine(nmn_iterated.parse_flags(f"--width 8 --modules {kind}".split())).eval()
             singly, matrices = [], [conv.matrices() for conv in engine.cells.convs]
             for image, tokens in zip(images, programs.tolist()):
-                scene, stack, zero = engine.stem(image[None] / 255.0).flatten(1), [], torch.zeros(1, engine.size)
+                scene, stack, zero = engine.stem(image[None] / 255.0).flatten(1), [], torch.zeros(1, 72)
                 for token in (token for token in reversed(tokens) if token):
                     operands = [stack.pop() if stack and i < (token > 1) + (token == 12) else zero for i in (0, 1)]
                     stack.append(engine.cells(scene, *operands, torch.tensor([token]), matrices))
@@ -436,13 +436,14 @@ class NMNIterated(unittest.TestCase):
         self.assertTrue(valid[:len(true)].all() and not valid[-1] and valid.sum() < len(true) + 10)
 
     def test_reinforce(self):  # samples estimate the gradient of the expected reward, over all programs of two tokens
-        shapes = nmn_iterated.load(nmn_iterated.parse_flags([*self.TINY, "x"]), 0, "cpu")
+        args = nmn_iterated.parse_flags([*self.TINY, "x"])
+        shapes = nmn_iterated.load(args, 0, "cpu")
         generator, programs = nmn_iterated.Generator(16), torch.tensor([[0, 0], *product(range(1, 13), range(13))])
         asked, rows = torch.full((157,), 7), torch.full((20_000,), 14)  # image 14 asks question 7
         judge = lambda images, said: (F.one_hot((said[:, 0] + shapes.train[2][14]) % 2).float(), said[:, 0] > 3)
         with mock.patch.object(nmn_iterated, "LENGTH", 2):
             p = nmn_iterated.speak(generator, shapes.words[asked], shapes.lengths[asked], programs)[1].exp()
-            loss, _ = nmn_iterated.loss_of("interacting", generator, judge, shapes, rows, asked[:0], 0.3, None)
+            loss, _ = nmn_iterated.loss_of("interacting", generator, judge, shapes, rows, asked[:0], 0.3, None, args)
         expected = (p * ((programs[:, 0] > 3) & (programs[:, 0] % 2 == 0))).sum()
         exact, sampled = (torch.autograd.grad(x, generator.out.bias)[0] for x in (-expected, loss))
         self.assertAlmostEqual(p.sum().item(), 1, places=5)
@@ -453,8 +454,9 @@ class NMNIterated(unittest.TestCase):
             found, save = {}, nmn_iterated.save_checkpoint
             def spy(path, state):
                 save(path, state)
+                agents = torch.load(path)["agents"]
                 found[state["number"], state["done"]] = {
-                    kind: torch.cat([x.flatten() for x in torch.load(path)["agents"][kind][0].values()]) for kind in pair}
+                    kind: torch.cat([x.flatten() for x in agents[kind][0].values()]) for kind in pair}
                 return sys.exit(9) if kill in found else None
             with mock.patch.object(nmn_iterated, "save_checkpoint", spy):
                 run(nmn_iterated.main, *self.TINY, out, *flags)
