@@ -62,6 +62,14 @@ QUESTIONS = all_questions()
 WORDS = ["<pad>", *sorted({word for question in QUESTIONS for word in english(question).split()})]
 
 
+def answer(rows, scenes):
+    """The executor's answers (N,) int64 to the questions of index rows (N,) about scenes (N, 3, 3, 2)."""
+    answers = torch.zeros_like(rows)
+    for i in rows.unique():
+        answers[rows == i] = execute(program(QUESTIONS[i]), scenes[rows == i]).long()
+    return answers
+
+
 def encode(sentences, vocabulary, length):
     """Lists of words -> (B, length) int64, padded with 0, and how many words each has (B,)."""
     rows = [[vocabulary.index(word) for word in sentence] for sentence in sentences]

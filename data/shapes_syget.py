@@ -1,7 +1,4 @@
-"""SHAPES-SyGeT (github ankitkv/SHAPES-SyGeT): the published files, or the same distribution drawn anew.
-
-An image is 30 x 30 pixels, 3 x 3 cells, each empty (1 in 5) or a small or big shape in a noisy colour.
-"""
+"""SHAPES-SyGeT (github ankitkv/SHAPES-SyGeT): its files, or images and answers of the same distribution drawn anew."""
 import hashlib
 import io
 import re
@@ -10,7 +7,7 @@ import numpy as np
 import torch
 
 from data.download import CACHE, cached
-from data.shapes_questions import COLOURS, QUESTIONS, SHAPES, execute, program
+from data.shapes_questions import COLOURS, QUESTIONS, SHAPES, answer
 
 URL = "https://raw.githubusercontent.com/ankitkv/SHAPES-SyGeT/868e3831c18d41b9503840475483bd120a6008ed/shapes_syget/"
 BLOBS = dict(train="1cb36d48b58e5eb4b97b04452250a8355e0d445a", val_iid="6f928579cb507fb2cd1959b488cf1b997fd9d318",
@@ -24,8 +21,8 @@ def stencils():
     circle = (radius ** 2 - y ** 2).clamp(min=0).sqrt()                                     # half of its width at y
     square, triangle = radius * (y.abs() < radius), (y + radius).clamp(min=0) / 2 * (y < radius)
     half = torch.stack([torch.zeros(256, 160), circle, square, triangle])[..., None]               # (4, 256, 160, 1)
-    x = torch.arange(-5, 5)
-    return (torch.minimum(half, x + 1) - torch.maximum(-half, x)).clamp(0, 1).unflatten(2, (10, 16)).mean(3)
+    left = torch.arange(-5, 5)
+    return (torch.minimum(half, left + 1) - torch.maximum(-half, left)).clamp(0, 1).unflatten(2, (10, 16)).mean(3)
 
 
 def draw(questions, generator):
@@ -61,8 +58,7 @@ def generated(questions, count, generator):
     """Tensors of one split, a question's `count` rows together: images, questions (N,), answers (N,), both int64."""
     rows = torch.tensor(questions).repeat_interleave(count)
     images, scenes = draw([QUESTIONS[row] for row in rows], generator)
-    answers = [execute(program(QUESTIONS[i]), part) for i, part in zip(questions, scenes.split(count))]
-    return images, rows, torch.cat(answers).long()
+    return images, rows, answer(rows, scenes)
 
 
 def published(split):
@@ -74,16 +70,13 @@ def published(split):
         raise ValueError(f"{CACHE}/shapes_syget/{split}.input.npy: git blob {blob}, expected {BLOBS[split]}")
     images = torch.from_numpy(np.load(io.BytesIO(content))[..., ::-1].copy())  # the files hold blue, green, red
     asked = [tuple(re.findall(r"\w+", line)[1:]) for line in queries.decode().splitlines()]
-    stated = torch.tensor([line == "true" for line in answers.decode().splitlines()])
+    stated = torch.tensor([line == "true" for line in answers.decode().splitlines()]).long()
     if not len(images) == len(asked) == len(stated) or not set(asked) <= set(QUESTIONS):
         raise ValueError(f"{CACHE}/shapes_syget/{split}.query: {len(asked)} questions, {len(stated)} answers")
-    rows, scenes = torch.tensor([QUESTIONS.index(question) for question in asked]), decode(images)
-    found = torch.zeros_like(stated)
-    for i in rows.unique():
-        found[rows == i] = execute(program(QUESTIONS[i]), scenes[rows == i])
-    if not found.equal(stated):
-        raise ValueError(f"{CACHE}/shapes_syget/{split}.output: {(found != stated).sum()} answers are not what is seen")
-    return images, rows, stated.long()
+    rows = torch.tensor([QUESTIONS.index(question) for question in asked])
+    if wrong := (answer(rows, decode(images)) != stated).sum():
+        raise ValueError(f"{CACHE}/shapes_syget/{split}.output: {wrong} answers are not what is seen")
+    return images, rows, stated
 
 
 def load_shapes(source="generated", count=600, seed=0):
@@ -92,6 +85,6 @@ def load_shapes(source="generated", count=600, seed=0):
     "generated" draws `count` training images a question, 8 for Val-IID, 64 for Val-OOD; "published" reads the files."""
     if source == "published":
         return {split: published(split) for split in BLOBS}
-    generator, seen, unseen = torch.Generator().manual_seed(seed), list(range(135)), list(range(135, 244))
-    val_iid, val_ood = generated(seen, 8, generator), generated(unseen, 64, generator)
-    return dict(train=generated(seen, count, generator), val_iid=val_iid, val_ood=val_ood)
+    seen, unseen, generator = range(135), range(135, 244), torch.Generator().manual_seed(seed)
+    val = dict(val_iid=generated(seen, 8, generator), val_ood=generated(unseen, 64, generator))
+    return val | dict(train=generated(seen, count, generator))
