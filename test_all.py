@@ -21,7 +21,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels run on the CPU, in its interpreter
@@ -436,11 +435,11 @@ class NMNIterated(unittest.TestCase):
         self.assertTrue(valid[:len(true)].all() and not valid[-1] and valid.sum() < len(true) + 10)
 
     def test_reinforce(self):  # samples estimate the gradient of the expected reward, over all programs of two tokens
-        args = nmn_iterated.parse_flags([*self.TINY, "x"])
-        shapes = nmn_iterated.load(args, 0, "cpu")
+        torch.manual_seed(0)
+        shapes = nmn_iterated.load(args := nmn_iterated.parse_flags([*self.TINY, "x"]), 0, "cpu")
         generator, programs = nmn_iterated.Generator(16), torch.tensor([[0, 0], *product(range(1, 13), range(13))])
         asked, rows = torch.full((157,), 7), torch.full((20_000,), 14)  # image 14 asks question 7
-        judge = lambda images, said: (F.one_hot((said[:, 0] + shapes.train[2][14]) % 2).float(), said[:, 0] > 3)
+        judge = lambda images, said: (torch.eye(2)[(said[:, 0] + shapes.train[2][14]) % 2], said[:, 0] > 3)
         with mock.patch.object(nmn_iterated, "LENGTH", 2):
             p = nmn_iterated.speak(generator, shapes.words[asked], shapes.lengths[asked], programs)[1].exp()
             loss, _ = nmn_iterated.loss_of("interacting", generator, judge, shapes, rows, asked[:0], 0.3, None, args)
@@ -454,9 +453,8 @@ class NMNIterated(unittest.TestCase):
             found, save = {}, nmn_iterated.save_checkpoint
             def spy(path, state):
                 save(path, state)
-                agents = torch.load(path)["agents"]
-                found[state["number"], state["done"]] = {
-                    kind: torch.cat([x.flatten() for x in agents[kind][0].values()]) for kind in pair}
+                weights = {kind: torch.cat([x.flatten() for x in state["agents"][kind][0].values()]) for kind in pair}
+                found[state["number"], state["done"]] = weights
                 return sys.exit(9) if kill in found else None
             with mock.patch.object(nmn_iterated, "save_checkpoint", spy):
                 run(nmn_iterated.main, *self.TINY, out, *flags)
@@ -474,7 +472,7 @@ class NMNIterated(unittest.TestCase):
                 self.assertEqual(max(states(kill=kill)), (0, 1) if kill == "Ctrl-C" else kill)
             end = states("--resume")[3, 4]
             self.assertTrue(all(end[kind].equal(learning[3, 4][kind]) for kind in pair), kill)
-        for flags, words in (("--given 136", "--given 136; allowed: 135"), ("--compare --resume", "--compare; allowed"),
+        for flags, words in (("--given 136", "136; allowed: 135"), ("--compare --resume", "--compare; allowed"),
                              ("--lr nan", "--lr nan; allowed"), ("--resume --width 9", "width 8 there, 9 here")):
             status, printed = run(nmn_iterated.main, *self.TINY, out, *flags.split())
             self.assertTrue(status == 2 and re.search(f"ERROR: .*{words}", printed), printed)
@@ -488,7 +486,7 @@ class NMNIterated(unittest.TestCase):
         self.assertTrue(syget.decode(images).equal(scenes) and (scenes[..., 0] == 1).flatten(1).any(1).all())
         self.assertAlmostEqual((scenes[..., 1] > 0).float().mean().item(), 0.805, delta=0.006)
         if (data.download.CACHE / "shapes_syget/val_iid.input.npy").exists():
-            self.assertEqual(syget.published("val_iid")[2].sum(), 405)  # and all 1,080 answers are the executor's
+            self.assertEqual(syget.published("val_iid")[2].sum(), 405)  # 1,080 answers, all of them the executor's
             with mock.patch.object(syget, "decode", lambda x, decode=syget.decode: decode(x.flip(-1))):  # as B, G, R
                 self.assertRaisesRegex(ValueError, "val_iid.output: 3[0-9][0-9] answers", syget.published, "val_iid")
 
