@@ -448,8 +448,8 @@ def plot(path, curves):
             for split, style in (("iid", ":"), ("ood", "-")):
                 points = [(r["interactions"], r[f"val_{split}_{what}"]) for r in records]
                 axis.plot(*zip(*points), style, color=f"C{colour}", marker=".", label=f"{name}, Val-{split.upper()}")
-            ends = {r["interactions"] for r in records if r["end"] and r["phase"] == "interacting"}
-            axis.vlines(sorted(ends), *axis.get_ylim(), color="0.85", zorder=0)
+            for end in {r["interactions"] for r in records if r["end"] and r["phase"] == "interacting"}:
+                axis.axvline(end, color="0.85", zorder=0)
         axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
