@@ -492,7 +492,7 @@ def parse_flags(argv):
     run("--seed", type=int, default=0, help="of images, given programs, weights and samples")
     run("--plot", metavar="FILE.png", help="draw answers and programs against interactions")
     run("--out_dir", default="out/nmn_iterated", help="for checkpoint.pt, log.jsonl, metrics.json")
-    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit")
+    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, on a CPU bit for bit")
     run("--eval_interval", type=int, default=500, help="steps of a phase between evaluations, each with a checkpoint")
     run("--compare", action="store_true", help="iterated learning and none, in one table")
     run("--device", choices=there, default=there[0], help="of what this machine has")
