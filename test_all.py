@@ -432,6 +432,7 @@ class NMNIterated(unittest.TestCase):
             logits, valid = engine(images, programs)
             torch.testing.assert_close(*((x, torch.autograd.grad(x.square().sum(), list(engine.cells.parameters())))
                                          for x in (logits, torch.stack(singly))), atol=1e-5, rtol=1e-4)
+            self.assertFalse(engine(images[:1], true[:1])[0].equal(engine(images[1:2], true[:1])[0]))  # they look
         self.assertTrue(valid[:len(true)].all() and not valid[-1] and valid.sum() < len(true) + 10)
 
     def test_reinforce(self):  # samples estimate the gradient of the expected reward, over all programs of two tokens
