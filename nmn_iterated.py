@@ -37,7 +37,7 @@ from data.shapes_syget import load_shapes
 END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the longest program, 7, and its <end>
 SEEN = 135  # the first questions are those of training, the rest those of Val-OOD
 DEFAULTS = {
-    "cpu": dict(batch=128, hidden=64, interact_steps=1000, generator_steps=150, engine_steps=1200, generations=3),
+    "cpu": dict(batch=128, hidden=64, interact_steps=1500, generator_steps=100, engine_steps=2000, generations=3),
     "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=100, engine_steps=1500, generations=4),
 }
 REPORTED = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
