@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,9 +32,12 @@ import data.densities
 import data.download
 import data.glyphs
 import data.mnist
+import data.shapes_questions as questions
+import data.shapes_syget as syget
 import data.text
 import flashsigmoid
 import hier_iwae
+import nmn_iterated
 import sigmoid_gpt
 from flashsigmoid import row_errors, sigmoid_attention, sigmoid_attention_reference, tl, triton
 
@@ -526,11 +530,93 @@ class HierIWAE(unittest.TestCase):
             self.assertEqual(data.mnist.idx_images("x")[1].flatten().tolist(), [*range(196)] * 4)
             file.write_bytes(gzip.compress(content)[:-9])
             self.assertRaisesRegex(ValueError, "x.gz: sha256", data.mnist.idx_images, "x")
+# -------- nmn_iterated.py, data/shapes_questions.py and data/shapes_syget.py
+
+class NMNIterated(unittest.TestCase):
+    TINY = ("--device cpu --images 2 --width 8 --hidden 16 --batch 16 --generations 2 --interact_steps 4 --lr 0.01 "
+            "--eval_interval 2 --generator_steps 4 --engine_steps 4 --transmitted 50 --out_dir").split()
+
+    def test_batches_run_as_one_by_one(self):
+        true = questions.question_tensors()["programs"][::6]
+        programs = torch.cat([true, torch.randint(13, (40, 8)), 0 * true[:1]])  # most of them ill-formed
+        programs = programs.masked_fill((programs == 0).cummax(1).values, 0)
+        images = torch.randint(256, (len(programs), 9, 300), dtype=torch.uint8)
+        for kind in ("tensor --spectral_norm", "film"):
+            engine = nmn_iterated.Engine(nmn_iterated.parse_flags(f"--width 8 --modules {kind}".split())).eval()
+            singly, matrices = [], [conv.matrices() for conv in engine.cells.convs]
+            for image, tokens in zip(images, programs.tolist()):
+                scene, stack, zero = engine.stem(image[None] / 255.0).flatten(1), [], torch.zeros(1, 72)
+                for token in (token for token in reversed(tokens) if token):
+                    operands = [stack.pop() if stack and i < (token > 1) + (token == 12) else zero for i in (0, 1)]
+                    stack.append(engine.cells(scene, *operands, torch.tensor([token]), matrices))
+                singly.append(engine.classify([zero, *stack][-1])[0])
+            logits, valid = engine(images, programs)
+            torch.testing.assert_close(*((x, torch.autograd.grad(x.square().sum(), list(engine.cells.parameters())))
+                                         for x in (logits, torch.stack(singly))), atol=1e-5, rtol=1e-4)
+            self.assertFalse(engine(images[:1], true[:1])[0].equal(engine(images[1:2], true[:1])[0]))  # they look
+        self.assertTrue(valid[:len(true)].all() and not valid[-1] and valid.sum() < len(true) + 10)
+
+    def test_reinforce(self):  # samples estimate the gradient of the expected reward, over all programs of two tokens
+        torch.manual_seed(0)
+        shapes = nmn_iterated.load(args := nmn_iterated.parse_flags([*self.TINY, "x"]), 0, "cpu")
+        generator, programs = nmn_iterated.Generator(16), torch.tensor([[0, 0], *product(range(1, 13), range(13))])
+        asked, rows = torch.full((157,), 7), torch.full((20_000,), 14)  # image 14 asks question 7
+        judge = lambda images, said: (torch.eye(2)[(said[:, 0] + shapes.train[2][14]) % 2], said[:, 0] > 3)
+        with mock.patch.object(nmn_iterated, "LENGTH", 2):
+            p = nmn_iterated.speak(generator, shapes.words[asked], shapes.lengths[asked], programs)[1].exp()
+            loss, _ = nmn_iterated.loss_of("interacting", generator, judge, shapes, rows, asked[:0], 0.3, None, args)
+        expected = (p * ((programs[:, 0] > 3) & (programs[:, 0] % 2 == 0))).sum()
+        exact, sampled = (torch.autograd.grad(x, generator.out.bias)[0] for x in (-expected, loss))
+        self.assertAlmostEqual(p.sum().item(), 1, places=5)
+        self.assertTrue((sampled - exact).abs().max() < 0.006 < exact.abs().max() / 5, (sampled, exact))
+
+    def test_phases_and_resume(self):
+        def states(*flags, kill=None):  # {(phase, step): the weights saved there}
+            found, save = {}, nmn_iterated.save_checkpoint
+            def spy(path, state):
+                save(path, state)
+                weights = {kind: torch.cat([x.flatten() for x in state["agents"][kind][0].values()]) for kind in pair}
+                found[state["number"], state["done"]] = weights
+                return sys.exit(9) if kill in found else None
+            with mock.patch.object(nmn_iterated, "save_checkpoint", spy):
+                run(nmn_iterated.main, *self.TINY, out, *flags)
+            return found
+        out, pair, loss = tempfile.mkdtemp(), ("generator", "engine"), nmn_iterated.loss_of
+        self.addCleanup(shutil.rmtree, out)
+        learning, still = states(), states("--lr", 0)
+        for phase, (kind, other) in enumerate((pair, pair[::-1]), 1):
+            self.assertTrue(learning[phase - 1, 4][other].equal(learning[phase, 4][other]))  # frozen
+            self.assertFalse(learning[phase, 2][kind].equal(learning[phase, 4][kind]))
+            self.assertFalse(still[phase - 1, 4][kind].equal(still[phase, 2][kind]))  # new, where nobody learns
+        for kill in ((0, 2), (1, 2), (2, 2), "Ctrl-C"):
+            press = lambda *x: signal.raise_signal(signal.SIGINT) or loss(*x)
+            with mock.patch.object(nmn_iterated, "loss_of", press if kill == "Ctrl-C" else loss):
+                self.assertEqual(max(states(kill=kill)), (0, 1) if kill == "Ctrl-C" else kill)
+            end = states("--resume")[3, 4]
+            self.assertTrue(all(end[kind].equal(learning[3, 4][kind]) for kind in pair), kill)
+        for flags, words in (("--given 136", "136; allowed: 135"), ("--compare --resume", "--compare; allowed"),
+                             ("--lr nan", "--lr nan; allowed"), ("--resume --width 9", "width 8 there, 9 here")):
+            status, printed = run(nmn_iterated.main, *self.TINY, out, *flags.split())
+            self.assertTrue(status == 2 and re.search(f"ERROR: .*{words}", printed), printed)
+
+    def test_shapes(self):
+        scene = torch.tensor([[1, 2], [0, 0], [0, 0], [3, 1], [1, 3]] + [[0, 0]] * 4).view(1, 3, 3, 2)
+        for text, answer in (("square above blue", 1), ("square above above red", 0), ("blue left_of red", 1),
+                             ("blue right_of red", 0), ("square left_of above triangle", 1), ("blue square", 0)):
+            self.assertEqual(questions.execute(questions.program(text.split()), scene).item(), answer, text)
+        images, scenes = syget.draw([("red", "red")] * 5000, torch.Generator().manual_seed(1))
+        self.assertTrue(syget.decode(images).equal(scenes) and (scenes[..., 0] == 1).flatten(1).any(1).all())
+        self.assertAlmostEqual((scenes[..., 1] > 0).float().mean().item(), 0.805, delta=0.006)
+        if (data.download.CACHE / "shapes_syget/val_iid.input.npy").exists():
+            self.assertEqual(syget.published("val_iid")[2].sum(), 405)  # 1,080 answers, all of them the executor's
+            with mock.patch.object(syget, "decode", lambda x, decode=syget.decode: decode(x.flip(-1))):  # as B, G, R
+                self.assertRaisesRegex(ValueError, "val_iid.output: 3[0-9][0-9] answers", syget.published, "val_iid")
 
 
 class Repository(unittest.TestCase):
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 450, "sigmoid_gpt.py": 450, "hier_iwae.py": 570, "test_all.py": 650}
+        budgets = {"flashsigmoid.py": 450, "sigmoid_gpt.py": 450, "hier_iwae.py": 570, "nmn_iterated.py": 560,
+                   "test_all.py": 650}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
             self.assertLessEqual(len(lines), budgets.get(path.name, 90), path)

@@ -14,8 +14,9 @@ def checksum(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def cached(name, url, sha256, decode=bytes):
-    """The bytes of CACHE/name after decode, which has sha256, downloaded first where it is missing.
+def cached(name, url, sha256=None, decode=bytes):
+    """The bytes of CACHE/name after decode, downloaded first where it is missing. They have sha256, or, where that is
+    None, the caller verifies them.
 
     Raises OSError where the file can be neither read nor downloaded, and ValueError that names it where its content is
     not what it should be: such a file is never used, nor kept.
@@ -24,7 +25,7 @@ def cached(name, url, sha256, decode=bytes):
     fresh = not path.exists()
     stored = download(url) if fresh else path.read_bytes()
     content = decode(stored)
-    if checksum(content) != sha256:
+    if sha256 and checksum(content) != sha256:
         raise ValueError(f"{url if fresh else path}: sha256 {checksum(content)}, expected {sha256}\n"
                          f"HINT: delete {path} to download it again from {url}")
     if fresh:

@@ -1,0 +1,560 @@
+"""
+Neural module networks, in the manner of "Iterated Learning for Emergent Systematicity in VQA" (arXiv 2105.01119).
+
+A generator reads a question q and says a program z, token by token. An engine runs z on the image x, one neural module
+a token, and answers y. They learn jointly, with z* the few programs that are given, r = 1 where a well-formed program
+got the right answer, and b the moving average of r:
+
+    L_engine = -log p(y | x, z), z ~ p(z | q)        L_generator = -(r - b) log p(z | q) - mean of log p(z* | q)
+
+That makes answers right, not programs systematic. So there are generations: the generator's language is sampled, a new
+generator learns it in few steps, a new engine learns to run what that one says, and these two learn jointly in turn.
+What is irregular is hard to learn again.
+
+    python nmn_iterated.py                the language, generation by generation
+    python nmn_iterated.py --compare      beside the same agents without generations, with equally many interactions
+
+Differs from the paper: its sizes, rates, phase lengths, stem and Tensor-FiLM equations were not known to us, so these
+are ours; images are drawn anew, 600 a question, where its data have 56.
+"""
+import argparse
+import importlib.util
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data.shapes_questions import QUESTIONS, TOKENS, WORDS, english, question_tensors
+from data.shapes_syget import load_shapes
+
+END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the longest program, 7, and its <end>
+SEEN = 135  # the first questions are those of training, the rest those of Val-OOD
+DEFAULTS = {
+    "cpu": dict(batch=128, hidden=64, interact_steps=1500, generator_steps=100, engine_steps=2000, generations=3),
+    "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=100, engine_steps=1500, generations=4),
+}
+REPORTED = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
+REPORTED += [f"last_{key}" for key in REPORTED] + ["train_acc", "program_acc", "seconds"]
+FIXED = "modules width hidden spectral_norm interact_steps generator_steps engine_steps transmitted".split()
+
+
+# -------- The program generator. B questions, T words or tokens, V tokens, H hidden units.
+
+class Generator(nn.Module):
+    """A bidirectional LSTM reads; an LSTM with additive attention, fed its last context, writes."""
+
+    def __init__(self, H):
+        super().__init__()
+        self.words, self.tokens = nn.Embedding(len(WORDS), H), nn.Embedding(START + 1, H)
+        self.forwards, self.backwards = (nn.LSTM(H, H, batch_first=True) for _ in range(2))
+        self.cell = nn.LSTMCell(3 * H, H)
+        self.key, self.query, self.score = nn.Linear(2 * H, H), nn.Linear(H, H, bias=False), nn.Linear(H, 1, bias=False)
+        self.out = nn.Linear(3 * H, len(TOKENS))
+
+    def read(self, words, lengths):
+        """words (B, T), lengths (B,) -> what `write` attends to, and its first state."""
+        x, t = self.words(words), torch.arange(words.shape[1], device=words.device)             # (B, T, H)
+        turned = ((lengths[:, None] - 1 - t) % words.shape[1])[..., None].expand_as(x)  # the words, last first
+        memory = torch.cat([self.forwards(x)[0], self.backwards(x.gather(1, turned))[0].gather(1, turned)], -1)
+        h, c = x.new_zeros(2, len(x), self.cell.hidden_size)
+        return (memory, self.key(memory), t >= lengths[:, None]), (h, c, torch.zeros_like(memory[:, 0]))
+
+    def write(self, memory, state, token):
+        """One step: the last token (B,) -> logits (B, V) of the next, and the new state."""
+        memory, keys, padding = memory
+        h, c = self.cell(torch.cat([self.tokens(token), state[2]], -1), state[:2])
+        scores = self.score(torch.tanh(keys + self.query(h)[:, None]))[..., 0].masked_fill(padding, -math.inf)
+        context = (scores.softmax(-1)[:, None] @ memory)[:, 0]                                  # (B, 2H)
+        return self.out(torch.cat([h, context], -1)), (h, c, context)
+
+
+def speak(generator, words, lengths, forced=None, sampled=False, source=None):
+    """Programs (B, T) int64 for questions, sampled or token by token the likeliest, and log p (B,) of each.
+
+    Where forced (B, T) is not -1, it is said instead. After <end> everything is <end> and counts for nothing."""
+    if sampled:  # the largest of logits + Gumbel noise is a sample of their softmax
+        uniform = torch.rand(len(words), LENGTH, len(TOKENS), device=words.device, generator=source)
+        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+    memory, state = generator.read(words, lengths)
+    token, ended = torch.full_like(lengths, START), torch.zeros_like(lengths, dtype=torch.bool)
+    tokens, log_p = [], 0.0
+    for t in range(LENGTH):
+        logits, state = generator.write(memory, state, token)
+        token = (logits + noise[:, t] if sampled else logits).argmax(-1)
+        if forced is not None:
+            token = torch.where(forced[:, t] < 0, token, forced[:, t])
+        token = token.masked_fill(ended, END)
+        log_p = log_p + logits.log_softmax(-1).gather(1, token[:, None])[:, 0].masked_fill(ended, 0)
+        ended = ended | (token == END)
+        tokens.append(token)
+    return torch.stack(tokens, 1), log_p
+
+
+# -------- Execution engines. A batch of programs runs from right to left, a position of all of them at once. The state
+# of a token is D = width numbers in each of 9 cells, zero for <end> and missing operands.
+
+def parse(programs):
+    """programs (B, T) in prefix order -> where the second operand of each token begins (B, T), T if there is none, and
+    whether a program is one whole expression (B,). A first operand begins next to its token."""
+    T = programs.shape[1]
+    length = (programs != END).long().cumprod(1).sum(1)
+    arity = (programs > SCENE).long() + (programs == AND)
+    ends = length[:, None].repeat(1, T + 1)  # where the expression that begins at t ends; past the last token, there
+    second, wellformed = torch.full_like(programs, T), length > 0
+    for t in reversed(range(T)):
+        inside, one = t < length, torch.full_like(length, t + 1).minimum(length)
+        two = ends.gather(1, one[:, None])[:, 0]
+        three = ends.gather(1, two[:, None])[:, 0]
+        places = torch.stack([torch.zeros_like(one), one, two, three], 1)
+        ends[:, t] = torch.where(inside, places.gather(1, arity[:, t:t + 1] + 1)[:, 0], length)
+        second[:, t] = torch.where(inside & (arity[:, t] == 2) & (two < length), two, T)
+        wellformed = wellformed & ~(inside & (places.gather(1, arity[:, t:t + 1])[:, 0] >= length))
+    return second, wellformed & (ends[:, 0] == length)
+
+
+class Conv(nn.Module):
+    """A zero-padded 3 x 3 convolution of 3 x 3 cells, (B, 9C) -> (B, 9D), with weights for each of V tokens."""
+
+    def __init__(self, C, D, V=1, spectral_norm=False):
+        super().__init__()
+        bound = (9 * C) ** -0.5
+        self.weight = nn.Parameter(torch.empty(9, C, V, D).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(V, D).uniform_(-bound, bound))
+        steps = [(3 * (y - r) + x - c + 4 if abs(y - r) < 2 and abs(x - c) < 2 else 9)  # from cell (y, x) to (r, c)
+                 for y in range(3) for x in range(3) for r in range(3) for c in range(3)]
+        self.register_buffer("steps", torch.tensor(steps), persistent=False)
+        self.register_buffer("u", F.normalize(torch.randn(V, 9 * D, 1), dim=1) if spectral_norm else None)
+
+    def matrices(self):
+        """The weights as V matrices (9C, 9D), side by side (9C, V 9D) on CUDA; to be made once a batch. With spectral
+        norm, each over its largest singular value, which a power iteration follows from step to step."""
+        padded = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
+        spread = padded.index_select(0, self.steps).unflatten(0, (9, 9))                        # (9, 9, C, V, D)
+        W = spread.permute(3, 0, 2, 1, 4).flatten(3).flatten(1, 2)                              # (V, 9C, 9D)
+        if self.u is not None:
+            if self.training:
+                with torch.no_grad():
+                    self.u.copy_(F.normalize(W.mT @ F.normalize(W @ self.u, dim=1), dim=1))
+            W = W / (W @ self.u.clone()).norm(dim=1, keepdim=True)
+        return W.transpose(0, 1).flatten(1) if W.is_cuda or len(W) == 1 else W.unbind()
+
+    def forward(self, x, matrices, token=None):
+        """token (B,) chooses the weights, if there are several; x being sorted by token, it may be the list (V,) of how
+        many examples each token has."""
+        bias = self.bias.repeat(1, 9)                                                           # (V, 9D)
+        if isinstance(token, list):
+            parts = zip(x.split(token), matrices, bias.unbind())
+            return torch.cat([torch.addmm(b, part, W) if v > END else part for v, (part, W, b) in enumerate(parts)])
+        y = torch.addmm(bias.flatten(), x, matrices)  # every token's for every example: no wait for how many each has
+        if token is None:
+            return y
+        return y.unflatten(1, bias.shape).gather(1, token.view(-1, 1, 1).expand(-1, 1, bias.shape[1]))[:, 0]
+
+
+class TensorModules(nn.Module):
+    """Tensor-NMN: R_w(x) = ReLU(x + conv_w(ReLU(conv_w(x)))), own weights a token w; `and` first joins its operands."""
+
+    def __init__(self, D, spectral_norm):
+        super().__init__()
+        self.convs = nn.ModuleList(Conv(D, D, len(TOKENS), spectral_norm) for _ in range(2))
+        self.join = nn.Linear(2 * D, D)
+
+    def forward(self, scene, first, second, token, matrices):
+        pair = torch.cat([first.unflatten(1, (9, -1)), second.unflatten(1, (9, -1))], -1)       # (B, 9, 2D)
+        x = torch.where((token == AND)[:, None], F.relu(self.join(pair)).flatten(1), first)
+        x, groups = torch.where((token == SCENE)[:, None], scene, x), token
+        if not x.is_cuda:
+            order = token.argsort()
+            x, groups = x.index_select(0, order), token.bincount(minlength=len(TOKENS)).tolist()
+        y = F.relu(self.convs[0](x, matrices[0], groups))
+        x = F.relu(x + self.convs[1](y, matrices[1], groups))
+        return x if x.is_cuda else x.index_select(0, order.argsort())
+
+
+class FilmModules(nn.Module):
+    """Tensor-FiLM-NMN, in our form: one residual block for all tokens, each with its own scales and shifts."""
+
+    def __init__(self, D, spectral_norm):
+        super().__init__()
+        self.films = nn.ModuleList(nn.Embedding(len(TOKENS), 2 * D) for _ in range(2))
+        self.join = nn.Linear(3 * D, D)
+        self.convs = nn.ModuleList(Conv(D, D, 1, spectral_norm) for _ in range(2))
+
+    def forward(self, scene, first, second, token, matrices):
+        x = F.relu(self.join(torch.cat([x.unflatten(1, (9, -1)) for x in (scene, first, second)], 2)))     # (B, 9, D)
+        (g1, b1), (g2, b2) = (film(token)[:, None].chunk(2, 2) for film in self.films)          # (B, 1, D) each
+        y = F.relu(self.convs[0](((1 + 2 * torch.tanh(g1)) * x + b1).flatten(1), matrices[0])).unflatten(1, (9, -1))
+        return F.relu(x.flatten(1) + self.convs[1](((1 + 2 * torch.tanh(g2)) * y + b2).flatten(1), matrices[1]))
+
+
+class Engine(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        D = args.width
+        self.stem = nn.Sequential(nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, D), nn.ReLU())  # a cell is 10 x 10 x 3
+        self.cells = (TensorModules if args.modules == "tensor" else FilmModules)(D, args.spectral_norm)
+        self.classifier = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, 2))
+
+    def classify(self, state):
+        """The state (B, 9D) of a program -> logits (B, 2) of no and yes, from the largest of each channel."""
+        return self.classifier(state.unflatten(1, (9, -1)).amax(1))
+
+    def forward(self, images, programs):
+        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2), from the first token's state; wellformed (B,)."""
+        (second, wellformed), T = parse(programs), programs.shape[1]
+        scene = self.stem(images / 255.0).flatten(1)                                            # (B, 9D)
+        matrices = [conv.matrices() for conv in self.cells.convs]
+        states = [torch.zeros_like(scene)]  # of position T, then T - 1, ...
+        for t in reversed(range(T)):
+            token, operand = programs[:, t], states[0]
+            if token.is_cuda or (token == AND).any():
+                index = (T - second[:, t]).view(-1, 1, 1).expand(-1, 1, scene.shape[1])
+                operand = torch.stack(states, 1).gather(1, index)[:, 0]
+            first = states[-1].masked_fill((token == SCENE)[:, None], 0)
+            state = self.cells(scene, first, operand, token, matrices)
+            states.append(state.masked_fill((token == END)[:, None], 0))
+        return self.classify(states[-1]), wellformed
+
+
+# -------- Loss
+
+def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, args):
+    """(loss, right (B,)) of a batch: rows (B,) of the training set, or, in phase "generator", of what was transmitted.
+
+    "generator": cross-entropy of programs, transmitted and given ones; "engine": of answers to what the generator says;
+    "interacting": of answers and of given programs, and REINFORCE. Every generation knows the given programs."""
+    if phase == "generator":
+        questions, forced = (x[rows] for x in transmitted)
+    else:
+        images, questions, answers = (x[rows] for x in data.train)
+        forced = data.programs[questions] if args.true_programs else torch.full_like(data.programs[questions], -1)
+    given = given[:0] if phase == "engine" else given
+    asked, forced = torch.cat([questions, given]), torch.cat([forced, data.programs[given]])
+    with torch.set_grad_enabled(phase != "engine"):
+        programs, log_p = speak(generator, data.words[asked], data.lengths[asked], forced, sampled=True)
+    said, supervised = log_p.tensor_split([len(rows)])
+    supervised = -supervised.sum() / max(1, len(given))
+    if phase == "generator":
+        return supervised - said.mean(), torch.zeros_like(said)
+    logits, wellformed = engine(images, programs[:len(rows)])
+    right = ((logits.argmax(1) == answers) & wellformed).float()
+    policy = -((right - baseline) * said).mean() if phase == "interacting" else 0.0
+    return F.cross_entropy(logits, answers) + policy + supervised, right
+
+
+# -------- Evaluation
+
+@torch.no_grad()
+def evaluate(generator, engine, data, transmitted):
+    """What is right on Val-IID and Val-OOD, of greedy programs; without a generator, of true ones. Leaves the random
+    numbers of training alone."""
+    engine.eval()
+    found, programs = {}, data.programs
+    if generator is not None:
+        programs, _ = speak(generator, data.words, data.lengths)
+        questions = torch.arange(16 * SEEN, device=programs.device) % SEEN
+        source = torch.Generator(programs.device).manual_seed(0)
+        log_p = speak(generator, data.words[questions], data.lengths[questions], sampled=True, source=source)[1]
+        found["entropy"] = -log_p.mean().item()  # nats a program
+    right, valid = (programs == data.programs).all(1).float(), parse(programs)[1].float()
+    for split, part in (("val_iid", slice(SEEN)), ("val_ood", slice(SEEN, None))):
+        batches = zip(*(x.split(2048) for x in getattr(data, split)))
+        answers = torch.cat([engine(images, programs[asked])[0].argmax(1) == y for images, asked, y in batches])
+        scores = dict(acc=answers.float(), program_acc=right[part], valid=valid[part])
+        found |= {f"{split}_{name}": score.mean().item() for name, score in scores.items()}
+    if transmitted is not None:
+        found["agreement"] = (programs[transmitted[0]] == transmitted[1]).all(1).float().mean().item()
+    found["said"] = [f"{english(QUESTIONS[i])}: {' '.join(TOKENS[token] for token in programs[i] if token)}"
+                     for i in (0, 147, 190, 217)]
+    engine.train()
+    return found
+
+
+# -------- Training
+
+def replayed(step, device):
+    """On CUDA, `step` as a graph from its fourth call on: launching kernels this small takes longer than they do."""
+    if device.type != "cuda":
+        return step
+    side, graph, results = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+
+    def call():
+        if len(results) == 3:
+            with torch.cuda.graph(graph):
+                results.append(step())
+        if len(results) > 3:
+            graph.replay()
+        else:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                results.append(step())
+            torch.cuda.current_stream().wait_stream(side)
+        return results[-1]
+
+    return call
+
+
+def save_checkpoint(path, state):
+    """Write another file, then rename it: a kill in between leaves the old checkpoint whole."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def load_checkpoint(path, device, args):
+    if not path.exists():
+        fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
+    state = torch.load(path, map_location=device, weights_only=True)
+    there = state["args"]
+    if differing := [f"{x} {there[x]} there, {vars(args)[x]} here" for x in FIXED if there[x] != vars(args)[x]]:
+        fail(f"--resume: {path} is another run: {'; '.join(differing)}")
+    return state
+
+
+def new_agent(kind, args, device):
+    """A fresh generator or engine, and an optimiser that knows nothing of the one before."""
+    agent = (Engine(args) if kind == "engine" else Generator(args.hidden)).to(device)
+    return agent, torch.optim.Adam(agent.parameters(), args.lr, fused=True, capturable=device.type == "cuda")
+
+
+def train(args, data, device, out_dir):
+    """All phases of all generations. Returns (metrics, records), a record an evaluation. Ctrl-C saves and exits."""
+    began = time.time()
+    given = torch.randperm(SEEN, generator=torch.Generator().manual_seed(args.seed))[:args.given].to(device)
+    phases = dict(interacting=args.interact_steps, generator=args.generator_steps, engine=args.engine_steps)
+    schedule = [(g, *phase) for g in range(args.generations) for phase in phases.items() if phase[1]]
+    while schedule[-1][1] != "interacting":  # the last generation has no heirs
+        schedule.pop()
+    if args.true_programs:
+        schedule = [(0, "engine", args.interact_steps)]
+    torch.manual_seed(1_000_003 * args.seed)
+    agents = {kind: new_agent(kind, args, device) for kind in ("generator", "engine")}
+    number, done, records, transmitted, baseline = 0, 0, [], None, torch.zeros((), device=device)
+    if args.resume:
+        state = load_checkpoint(out_dir / "checkpoint.pt", device, args)
+        number, done, records, transmitted = state["number"], state["done"], state["records"], state["transmitted"]
+        baseline.copy_(state["baseline"])
+        for kind, saved in state["agents"].items():
+            for part, content in zip(agents[kind], saved):
+                part.load_state_dict(content)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log = open(out_dir / "log.jsonl", "a" if args.resume else "w", buffering=1)
+    log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
+    stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
+    previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
+    before = [sum(steps for *_, steps in schedule[:i]) for i in range(len(schedule) + 1)]
+    bar = tqdm(total=before[-1], initial=before[number] + done, desc=out_dir.name, mininterval=1)
+    for number in range(number, len(schedule)):
+        generation, phase, steps = schedule[number]
+        interactions = sum(n for _, name, n in schedule[:number] if name == "interacting")
+        torch.manual_seed(1_000_003 * args.seed + 500_000 + number)
+        if not done and phase == "generator":  # the old one speaks for the last time
+            questions = torch.randint(SEEN, (args.transmitted,), device=device)
+            with torch.no_grad():
+                words, lengths = data.words[questions], data.lengths[questions]
+                transmitted = questions, speak(agents["generator"][0], words, lengths, sampled=True)[0]
+        if not done and (phase == "generator" or phase == "engine" and not args.keep_engine):
+            agents[phase] = new_agent(phase, args, device)
+        generator, engine = agents["generator"][0], agents["engine"][0]
+        learning = [optimizer for kind, (_, optimizer) in agents.items() if phase in (kind, "interacting")]
+
+        def step():
+            choices = args.transmitted if phase == "generator" else len(data.train[0])
+            rows = torch.randint(choices, (args.batch,), device=device)
+            loss, right = loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, args)
+            if phase == "interacting":
+                baseline.lerp_(right.mean(), 0.1)
+            loss.backward()
+            for optimizer in learning:
+                optimizer.step()
+                optimizer.zero_grad()
+            return loss.detach(), right.mean()
+
+        take = replayed(step, device)
+        for t in range(done, steps):
+            torch.manual_seed(1_000_003 * args.seed + before[number] + t)  # all chance of a step: resuming is exact
+            loss, right = take()
+            bar.update()
+            last = t + 1 == steps or bool(stop)
+            if last or (t + 1) % 50 == 0:
+                if not math.isfinite(loss.item()):
+                    bar.close()
+                    fail(f"loss {loss.item()} at step {before[number] + t}, learning rate {args.lr:.2e}", status=1)
+                bar.set_postfix(generation=generation, phase=phase, loss=f"{loss.item():.3f}", refresh=False)
+            if last or (t + 1) % args.eval_interval == 0:
+                found = evaluate(None if args.true_programs else generator, engine, data, transmitted)
+                records.append(dict(generation=generation, phase=phase, step=before[number] + t + 1, end=t + 1 == steps,
+                                    interactions=interactions + (t + 1) * (phase == "interacting"),
+                                    train_acc=right.item(), **found))
+                log.write(json.dumps(records[-1]) + "\n")
+                if last:
+                    numbers = "  ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "said")
+                    bar.write("\n    ".join([f"{generation} {phase:12}{numbers}", *found["said"]]))
+                state = dict(args=vars(args), number=number, done=t + 1, records=records, transmitted=transmitted)
+                state["agents"] = {kind: [part.state_dict() for part in agent] for kind, agent in agents.items()}
+                save_checkpoint(out_dir / "checkpoint.pt", state | dict(baseline=baseline))
+            if stop:
+                bar.close()
+                fail(f"interrupted; {out_dir / 'checkpoint.pt'} is saved, --resume goes on", status=130)
+        done = 0
+    bar.close()
+    signal.signal(signal.SIGINT, previous)
+    complete = [record for record in records if record["phase"] != "generator" or args.keep_engine]
+    best = max(complete, key=lambda record: record["val_iid_acc"])  # never by Val-OOD
+    metrics = {key: value for key, value in best.items() if isinstance(value, float)}
+    metrics |= {f"last_{key}": value for key, value in records[-1].items() if isinstance(value, float)}
+    return metrics | dict(program_acc=best["val_iid_program_acc"], seconds=time.time() - began), records
+
+
+def compare(args, device, out_dir):
+    """Both arms from the same images, weights and given programs: (metrics, {name: records of the last seed}, data)."""
+    steps = args.generations * args.interact_steps
+    arms = {"no generations": dict(generations=1, interact_steps=steps), "iterated": {}}
+    runs, curves = {name: [] for name in arms}, {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        data = load(args, seed, device)
+        for name, changes in arms.items():
+            arm = argparse.Namespace(**vars(args) | changes | dict(seed=seed))
+            folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
+            metrics, curves[name] = train(arm, data, device, folder)
+            runs[name].append([metrics[key] for key in REPORTED])
+    runs = {name: torch.tensor(run, dtype=torch.float64) for name, run in runs.items()}         # (seeds, metrics)
+    runs["difference"] = runs["iterated"] - runs["no generations"]
+    rows = []
+    print(f"\nmean ± std, seeds: {args.seeds}" + "".join(f"{key[4:]:>22}" for key in REPORTED[:4]))
+    for name, run in runs.items():
+        mean, spread = run.mean(0).tolist(), run.std(0, correction=min(1, args.seeds - 1)).tolist()
+        rows.append(dict(name=name, seeds=args.seeds, **dict(zip(REPORTED, mean)),
+                         **{f"{key}_std": value for key, value in zip(REPORTED, spread)}))
+        for when, i in (("best Val-IID", 0), ("end", 4)):
+            pairs = list(zip(mean, spread))[i:i + 4]
+            print(f"{name}, {when}".ljust(28) + "".join(f"{a:>14.3f} ± {b:.3f}" for a, b in pairs))
+    return dict(rows=rows), curves, data
+
+
+def plot(path, curves):
+    """Answers and programs against interactions, after each phase, too: a vertical step is what learning anew did."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, what in zip(figure.subplots(1, 2), ("acc", "program_acc")):
+        for colour, (name, records) in enumerate(curves.items()):
+            for split, style in (("iid", ":"), ("ood", "-")):
+                points = [(r["interactions"], r[f"val_{split}_{what}"]) for r in records]
+                axis.plot(*zip(*points), style, color=f"C{colour}", marker=".", label=f"{name}, Val-{split.upper()}")
+            for end in {r["interactions"] for r in records if r["end"] and r["phase"] == "interacting"}:
+                axis.axvline(end, color="0.85", zorder=0)
+        axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+# -------- Arguments
+
+def fail(message, status=2):
+    print(f"ERROR: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def parse_flags(argv):
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    parser = argparse.ArgumentParser(description="Iterated learning of module networks (arXiv 2105.01119).",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail
+    parser.set_defaults(**DEFAULTS["cpu" if there[0] == "cpu" else "gpu"])
+    data = parser.add_argument_group("data").add_argument
+    data("--data", choices=("generated", "published"), default="generated", help="images drawn anew, or the files")
+    data("--images", type=int, default=600, help="to draw for each training question")
+    data("--given", type=int, default=20, help="training questions, of 135, whose programs are given")
+    model = parser.add_argument_group("model").add_argument
+    model("--modules", choices=("tensor", "film"), default="tensor", help="Tensor-NMN or Tensor-FiLM-NMN")
+    model("--width", type=int, default=32, help="channels of the engine")
+    model("--hidden", type=int, help="units of the generator")
+    model("--spectral_norm", action="store_true", help="of the engine's convolutions")
+    optimisation = parser.add_argument_group("optimisation").add_argument
+    optimisation("--generations", type=int, help="1: no iterated learning, the agents interact and that is all")
+    optimisation("--interact_steps", type=int, help="of a generation, in which both agents learn together")
+    optimisation("--transmitted", type=int, default=2000, help="programs that the old generator says to the new one")
+    optimisation("--generator_steps", type=int, help="in which the new one learns them: the bottleneck")
+    optimisation("--engine_steps", type=int, help="in which the new engine learns to run what the new generator says")
+    optimisation("--keep_engine", action="store_true", help="renew the generator alone")
+    optimisation("--true_programs", action="store_true", help="no generator: the engine learns with true programs")
+    optimisation("--batch", type=int, help="images, or programs, a step")
+    optimisation("--lr", type=float, default=1e-3, help="learning rate of Adam")
+    run = parser.add_argument_group("run").add_argument
+    run("--seeds", type=int, default=1, help="with --compare: runs an arm")
+    run("--seed", type=int, default=0, help="of images, given programs, weights and samples")
+    run("--plot", metavar="FILE.png", help="draw answers and programs against interactions")
+    run("--out_dir", default="out/nmn_iterated", help="for checkpoint.pt, log.jsonl, metrics.json")
+    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, on a CPU bit for bit")
+    run("--eval_interval", type=int, default=500, help="steps of a phase between evaluations, each with a checkpoint")
+    run("--compare", action="store_true", help="iterated learning and none, in one table")
+    run("--device", choices=there, default=there[0], help="of what this machine has")
+    args = parser.parse_args(argv)
+    if args.device == "cpu":  # once more, now that it is known what suits the run
+        parser.set_defaults(**DEFAULTS["cpu"])
+        args = parser.parse_args(argv)
+    args.generations = 1 if args.true_programs else args.generations
+    lowest = dict(images=1, given=0, width=1, hidden=1, generations=1, interact_steps=1, transmitted=1, batch=1, lr=0,
+                  generator_steps=0, engine_steps=0, seeds=1, seed=0, eval_interval=1)
+    for wrong, message in (
+            *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
+              for name, low in lowest.items()),
+            (args.given > SEEN, f"--given {args.given}; allowed: {SEEN} or fewer"),
+            (args.compare and (args.resume or args.generations < 2), "--compare; allowed: 2 generations, no --resume"),
+            (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
+            (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
+        if wrong:
+            fail(message)
+    return args
+
+
+def load(args, seed, device):
+    """On the device: train, val_iid, val_ood, each images (N, 9, 300) uint8, questions, answers; `question_tensors`."""
+    try:
+        splits = load_shapes(args.data, args.images, seed)
+    except (OSError, ValueError) as error:
+        fail(f"--data {args.data}: {error}\nHINT: put shapes_syget of github.com/ankitkv/SHAPES-SyGeT into data/cache")
+    for name, (images, *rest) in splits.items():
+        cells = images.unflatten(1, (3, 10)).unflatten(3, (3, 10)).transpose(2, 3).reshape(-1, 9, 300)
+        splits[name] = [x.to(device) for x in (cells, *rest)]
+    return argparse.Namespace(**splits, **{name: x.to(device) for name, x in question_tensors().items()})
+
+
+def main(argv=None):
+    """Train or compare, as the flags say; returns what is in metrics.json."""
+    args = parse_flags(argv)
+    out_dir, device = Path(args.out_dir), torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
+    sizes = [sum(p.numel() for p in new_agent(kind, args, device)[0].parameters()) for kind in ("generator", "engine")]
+    print(f"{name}, float32 (too small for bfloat16 to pay), {args.data} images, parameters: generator {sizes[0]:,}, "
+          f"{args.modules} engine {sizes[1]:,}")
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if args.compare:
+        result, curves, data = compare(args, device, out_dir)
+    else:
+        data = load(args, args.seed, device)
+        result, records = train(args, data, device, out_dir)
+        for key, value in result.items():
+            print(f"{key:26}{value:,.4f}")
+    for split in ("val_iid", "val_ood"):  # so that an accuracy can be read
+        _, questions, answers = getattr(data, split)
+        rates = torch.stack([answers[questions == i].float().mean() for i in questions.unique()])
+        print(f"{split}: blind, always no {1 - rates.mean():.3f}, the best for each question "
+              f"{rates.maximum(1 - rates).mean():.3f}")
+    result.update(device=name, dataset=args.data, seed=args.seed, torch=torch.__version__)
+    (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
+    if args.plot:
+        plot(args.plot, curves if args.compare else {f"{args.generations} generations": records})
+    return result
+
+
+if __name__ == "__main__":
+    main()
