@@ -39,11 +39,11 @@ def jitter(factors, order):
     return fourth @ third @ second @ first
 
 
-def augment(images, crop, flip, hue, grey, blurred, solarised):
+def augment(images, crop, flip, hue, grey, solarised, blurred=0.0):
     """A random view of images (B, 3, S, S) uint8: (B, 3, S, S) float32 in [0, 1].
 
-    crop is the least share of the area; flip, grey, blurred and solarised are probabilities; hue, up to 0.5, is the
-    largest turn, of a whole one."""
+    crop is the least share of the area; flip, grey, solarised and blurred (std 0.1 to 2 pixels) are probabilities;
+    hue, up to 0.5, is the largest turn, of a whole one."""
     B, S, device = len(images), images.shape[-1], images.device
 
     def uniform(low, high, *shape):
@@ -63,5 +63,6 @@ def augment(images, crop, flip, hue, grey, blurred, solarised):
     colour = torch.where(uniform(0, 1, 1, 1) < grey, to_grey @ colour, colour)
     x = x.flatten(2)                                                                        # (B, 3, S * S)
     x = (colour[..., :3] @ x + colour[..., 3:] @ x.mean(2, keepdim=True)).clamp(0, 1).view(B, 3, S, S)
-    x = torch.where(uniform(0, 1, 1, 1, 1) < blurred, blur(x, uniform(0.1, 2)), x)
+    if blurred:
+        x = torch.where(uniform(0, 1, 1, 1, 1) < blurred, blur(x, uniform(0.1, 2)), x)
     return torch.where((uniform(0, 1, 1, 1, 1) < solarised) & (x >= 0.5), 1 - x, x)
