@@ -37,11 +37,12 @@ from data.corruptions import CORRUPTIONS, corrupt
 from data.glyphs import load_glyphs
 
 DEFAULTS = {
-    "glyphs": dict(encoder="conv", width=16, hidden=256, batch=128, steps=600, lr=0.1, weight_decay=5e-4, samples=16,
-                   prior_std=0.05, corruptions=["salt_and_pepper"], views=dict(crop=0.4, flip=0.0, hue=0.5, grey=0.5)),
+    "glyphs": dict(encoder="conv", width=16, hidden=256, batch=128, steps=300, lr=0.1, weight_decay=5e-4, samples=16,
+                   prior_std=0.05, probe_labels=300, corruptions=["salt_and_pepper"],
+                   views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
     "cifar10": dict(encoder="resnet18", width=64, hidden=1024, batch=512, steps=15600, lr=0.06, weight_decay=2e-3,
-                    samples=32, prior_std=0.005, corruptions=[*CORRUPTIONS],
-                    views=dict(crop=0.08, flip=0.5, hue=0.1, grey=0.2)),
+                    samples=32, prior_std=0.005, probe_labels=0,
+                    corruptions=[*CORRUPTIONS], views=dict(crop=0.08, flip=0.5, hue=0.1, grey=0.2)),
 }
 ARMS = {"BYOL": ("byol", False), "BYOV": ("byol", True), "supervised": ("supervised", False),
         "BBB": ("supervised", True)}
@@ -506,7 +507,8 @@ def load_data(name):
     """({"train", "val", "test": (images, labels)}, name)."""
     if name == "cifar10":
         return load_cifar10()
-    images, labels = load_glyphs(14_000, size=32, channels=3)
+    images, labels = load_glyphs(14_000, size=32)
+    images = images.expand(-1, 3, -1, -1)  # grey: in colour, what two views share is the colour, not the digit
     ends = dict(train=(0, 8000), val=(8000, 10_000), test=(10_000, 14_000))
     return {part: (images[a:b], labels[a:b]) for part, (a, b) in ends.items()}, "glyphs"
 
@@ -536,7 +538,7 @@ def parse(argv):
     evaluation = parser.add_argument_group("evaluation").add_argument
     evaluation("--samples", type=int, help="draws of the weights, averaged")
     evaluation("--probe_l2", type=float, default=1e-4, help="weight decay of the linear probe")
-    evaluation("--probe_labels", type=int, default=0, help="labels that the probe sees, 0 for all")
+    evaluation("--probe_labels", type=int, help="labels that the probe sees, 0 for all")
     evaluation("--corruptions", nargs="+", choices=tuple(CORRUPTIONS), help="each at five severities")
     run = parser.add_argument_group("run").add_argument
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
