@@ -373,8 +373,8 @@ def train(args, data, device, autocast, out_dir):
             optimizer.zero_grad()
         update_target(online, target, 1 - (1 - args.tau) * (1 + math.cos(math.pi * step / args.steps)) / 2)
         bar.update()
-        last = step + 1 == args.steps or bool(stop)
-        if last or (step + 1) % 10 == 0:
+        due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or bool(stop)
+        if due or (step + 1) % 10 == 0:
             if not math.isfinite(loss.item()):  # waits for the device, so that the clock tells the truth
                 bar.close()
                 fail(f"loss {loss.item()} at step {step}, learning rate {optimizers[0].param_groups[0]['lr']:.2e}", 1)
@@ -383,7 +383,7 @@ def train(args, data, device, autocast, out_dir):
             tick = time.time(), step
             spread = F.normalize(embedding).std(0).mean().item() * embedding.shape[1] ** 0.5  # healthy: near 1
             bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
-        if last or (step + 1) % args.eval_interval == 0:
+        if due:
             draw(online)
             bank, queries = (features(online, some, autocast) for some in (images[:10_000], data["val"][0]))
             share = torch.linalg.svdvals(queries - queries.mean(0)).square()

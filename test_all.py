@@ -20,10 +20,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels run on the CPU, in its interpreter
 
+import byov
+import data.augment
+import data.cifar10
 import data.download
 import data.text
 import flashsigmoid
@@ -403,6 +407,139 @@ class TextData(unittest.TestCase):
             (self.folder / "own" / name).write_text(content)
         tokens, _ = data.text.load_text([str(self.folder / "own"), str(self.folder / "own/a.txt")])
         self.assertEqual(bytes(tokens.tolist()).decode(), "ä\nc\nä")
+
+
+# -------- byov.py, data/cifar10.py, data/augment.py, data/corruptions.py
+
+class BYOV(unittest.TestCase):
+    def setUp(self):
+        torch.manual_seed(0)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.out = Path(folder.name)
+        images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)
+        pair = images, torch.arange(300) % 10
+        self.enterContext(mock.patch.object(byov, "load_data", lambda name: (dict.fromkeys(("train", "val", "test"), pair),
+                                                                            "noise")))
+
+    def run_byov(self, *flags, out=None):
+        small = "--device cpu --data glyphs --width 4 --hidden 16 --batch 16 --steps 6 --eval_interval 3 --samples 3".split()
+        return run(byov.main, *small, "--out_dir", out or self.out, *flags)
+
+    def test_posterior(self):
+        """KL against Monte Carlo, and 0 at the prior; a draw of the layer, in training, against drawn weights."""
+        layer = torch.nn.Sequential(torch.nn.Linear(40, 30))
+        byov.make_bayesian(layer, 0.5)
+        q = torch.distributions.Normal(layer[0].weight, F.softplus(layer[0].rho))
+        torch.testing.assert_close(q.scale, torch.full_like(q.scale, 0.5 * layer[0].weight.std().item()))
+        w = q.sample((2000,))
+        ratio = (q.log_prob(w) - torch.distributions.Normal(0.0, 0.3).log_prob(w)).sum((1, 2))
+        self.assertLess((ratio.mean() - byov.kl_divergence(layer, 0.3)).abs(), 3 * ratio.std() / 2000 ** 0.5)
+        x = torch.randn(1, 40)
+        local = layer(x.expand(20_000, 40))                                                 # 20,000 rows, 20,000 draws
+        drawn = torch.stack([byov.draw(layer, seed) or layer.eval()(x)[0] for seed in range(3000)])
+        for moment in (lambda y: y.mean(0), lambda y: y.std(0)):
+            torch.testing.assert_close(moment(local), moment(drawn), atol=0.2, rtol=0)
+        torch.testing.assert_close(local.std(0) / drawn.std(0), torch.ones(30), atol=0.08, rtol=0)
+        with torch.no_grad():
+            layer[0].weight.zero_()
+            byov.set_sigma(layer[0], torch.tensor(0.3))
+        self.assertLess(byov.kl_divergence(layer, 0.3).abs(), 1e-3)
+
+    def test_byol_step_for_step(self):
+        """--no-bayes against BYOL written out: summed losses, gradient step, then the average, to the bit."""
+        self.run_byov("--no-bayes", "--steps", 3)
+        args = byov.parse("--device cpu --data glyphs --width 4 --hidden 16 --batch 16 --steps 3 --no-bayes".split())
+        images, labels = byov.load_data("")[0]["train"]
+        torch.manual_seed(args.seed)
+        online, target = byov.make_networks(args, torch.device("cpu"))
+        decay = [[p for p in online.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
+        optimizer = torch.optim.SGD([dict(params=decay[0], weight_decay=args.weight_decay), dict(params=decay[1])],
+                                    momentum=0.9)
+        for step in range(3):
+            torch.manual_seed(1_000_003 * args.seed + step)
+            batch = torch.randint(300, (16,))
+            v = [byov.normalise(byov.augment(images[batch], **args.views, solarised=s)) for s in (0.0, 0.2)]
+            h = [online.encoder(x) for x in v]
+            z = [online.projector(x) for x in h]
+            t = [target.projector(target.encoder(x)).detach() for x in v]
+            cos = [F.cosine_similarity(online.predictor(z[i]), t[1 - i]) for i in range(2)]
+            loss = (4 - 2 * cos[0] - 2 * cos[1]).mean() + F.cross_entropy(online.classifier(h[0].detach()), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * (1 + math.cos(math.pi * step / 3)) / 2
+            optimizer.step()
+            tau = 1 - (1 - args.tau) * (1 + math.cos(math.pi * step / 3)) / 2
+            for average, p in zip(target.parameters(), online.parameters()):
+                self.assertIsNone(average.grad)
+                average.data.lerp_(p.data, 1 - tau)
+        state = torch.load(self.out / "checkpoint.pt", weights_only=True)
+        for net, name in ((online, "online"), (target, "target")):
+            self.assertTrue(all(value.equal(state[name][key]) for key, value in net.state_dict().items()), name)
+
+    def test_metrics(self):
+        probs, labels = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]]), torch.tensor([0, 1, 1])
+        found = byov.measure(probs, labels)  # three bins: gaps 0.2, 0.6, 0.3; squares 0.08, 0.72, 0.18
+        for key, value in (("ece", 1.1 / 3), ("brier", 0.98 / 3), ("brier_per_class", 0.49 / 3), ("linear_acc", 2 / 3),
+                           ("nll", -math.log(0.8 * 0.4 * 0.7) / 3)):
+            self.assertAlmostEqual(found[key], value, places=5, msg=key)
+        probs = (3 * torch.randn(100_000, 10)).softmax(1)
+        labels = torch.multinomial(probs, 1)[:, 0]  # perfectly calibrated
+        hot = (probs.log() * 2).softmax(1)
+        self.assertLess(byov.measure(probs, labels)["ece"], 0.01)
+        self.assertGreater(byov.measure(hot, labels)["ece"], 0.05)
+        self.assertLess(byov.measure(byov.temperature_scale(hot, hot, labels), labels)["ece"], 0.01)
+
+    def test_images(self):
+        x = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
+        plain = byov.augment(x, 1, 0, 0, 0, 0)
+        self.assertTrue(plain.shape == x.shape and 0 <= plain.min() and plain.max() <= 1)
+        one, order = torch.tensor([[1.0, 1, 1, 0], [2, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1 / 3]]), torch.arange(4)
+        colour = data.augment.jitter(one, order.expand(5, 4))[:, :3]
+        red, mean = torch.tensor([1.0, 0, 0]), torch.tensor([0.5, 0.5, 0.5])
+        for got, expected in zip(colour @ torch.cat([red, mean]), ([1, 0, 0], [2, 0, 0], [0.5] * 3, [0.299] * 3, [0, 1, 0])):
+            torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float32), atol=1e-5, rtol=0)
+        i = torch.arange(32.0)
+        torch.testing.assert_close(data.augment.resize(torch.tensor([8.0]), torch.tensor([16.0]), 32)[0, 0, 1:-1] @ i,
+                                   8 + (i[1:-1] + 0.5) / 2 - 0.5)
+        grey = torch.full((16, 3, 32, 32), 128, dtype=torch.uint8)
+        for severity, amount in enumerate((0.01, 0.02, 0.03, 0.05, 0.07), 1):
+            noisy = byov.corrupt(grey, "salt_and_pepper", severity)
+            self.assertAlmostEqual((noisy != 128).float().mean().item(), amount, delta=0.003)
+            self.assertTrue(noisy.equal(byov.corrupt(grey, "salt_and_pepper", severity)))
+        x = byov.load_glyphs(64, size=32, channels=3)[0]
+        for name in byov.CORRUPTIONS:
+            change = [(byov.corrupt(x, name, i).float() - x).square().mean() for i in range(1, 6)]
+            self.assertTrue(0 < change[0] < change[4], name)
+
+    def test_runs(self):
+        """Resume to the bit; evaluation twice the same; compare; bad flags; collapse; a broken batch."""
+        save = byov.save_checkpoint
+        with mock.patch.object(byov, "save_checkpoint", lambda *x: save(*x) or sys.exit(9)):
+            self.assertEqual(self.run_byov()[0], 9)
+        resumed, _ = self.run_byov("--resume")
+        whole, _ = self.run_byov(out=self.out / "whole")
+        self.assertEqual(*({k: v for k, v in r.items() if "second" not in k and k != "images_per_s"} for r in (resumed, whole)))
+        states = [torch.load(out / "checkpoint.pt", weights_only=True) for out in (self.out, self.out / "whole")]
+        self.assertTrue(all(states[0]["online"][key].equal(value) for key, value in states[1]["online"].items()))
+        self.assertIn("width 4 there, 8 here", self.run_byov("--resume", "--width", 8)[1])
+        result, printed = self.run_byov("--compare", "--seeds", 2, "--steps", 2, out=self.out / "compare")
+        self.assertEqual([row["name"] for row in result["rows"]], ["BYOL", "BYOV", "supervised", "BBB", "BYOL + noise", "BYOL ensemble, 2"])
+        self.assertIn("difference of two BBB seeds", result["predictive_std"])
+        with mock.patch.object(byov, "loss_terms", lambda net, *_: (z := net.classifier.weight.sum(), z, torch.ones(8, 4))):
+            status, printed = self.run_byov("--no-bayes")
+        self.assertTrue(status == 1 and "collapsed" in printed, printed)
+        for flags, words in (("--steps 0", "--steps 0; allowed: 1"), ("--prior_std 0", "--prior_std 0"), ("--tau 2", "up to 1"),
+                             ("--data x", "--data.*'x'"), ("--plot no/x.png", "no such folder"), ("--lr nan", "--lr nan")):
+            status, printed = self.run_byov(*flags.split())
+            self.assertEqual(status, 2)
+            self.assertRegex(printed, f"ERROR: .*{words}")
+        for name in data.cifar10.MD5:
+            (self.out / "cifar10").mkdir(exist_ok=True)
+            (self.out / "cifar10" / name).write_bytes(b"broken")
+        with mock.patch.object(data.cifar10, "CACHE", self.out):
+            self.assertRaisesRegex(ValueError, "data_batch_1.bin: MD5 .*expected 5dd7", data.cifar10.load_cifar10)
 
 
 class Repository(unittest.TestCase):
