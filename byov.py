@@ -344,6 +344,8 @@ def train(args, data, device, autocast, out_dir):
     if args.resume and (path.exists() or not args.compare):
         saved = load_checkpoint(path, device, args)
         first = saved["step"]
+        if first > args.steps:
+            fail(f"--resume: {out_dir} is at step {first}; allowed: --steps {first} or more")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -572,7 +574,11 @@ def main(argv=None):
     try:
         data, dataset = load_data(args.data)
     except (OSError, ValueError) as error:
-        fail(f"--data {args.data}: {error}")
+        given = sys.argv[1:] if argv is None else [*argv]
+        if "--data" in given or isinstance(error, ValueError):
+            fail(f"--data {args.data}: {error}")
+        print(f"CIFAR-10: no download ({error.__cause__}), so --data glyphs, drawn digits")
+        return main([*given, "--data", "glyphs"])
     data = {part: tuple(x.to(device) for x in pair) for part, pair in data.items()}
     bf16 = args.device == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=bf16)
