@@ -26,7 +26,7 @@ def jitter(factors, order):
     B, device = len(factors), factors.device
     one = torch.eye(3, device=device)
     grey = torch.tensor(GREY, device=device).expand(3, 3)
-    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / 3 ** 0.5   # axis @ x: (1, 1, 1) cross x
+    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / 3 ** 0.5   # axis @ x: (1, 1, 1) x x
     f = factors[..., None, None]                                                            # (B, 4, 1, 1)
     angle = 2 * math.pi * f[:, 3]
     saturation = f[:, 2] * one + (1 - f[:, 2]) * grey

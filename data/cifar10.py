@@ -32,8 +32,8 @@ def load_cifar10():
     names = list(MD5) if (folder / "test_batch.bin").exists() else list(MD5)[:5]
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise OSError(f"{', '.join(missing)} not in {folder}\nHINT: put the rest of {URL} there, or delete what is there "
-                      "to download all")
+        raise OSError(f"{', '.join(missing)} not in {folder}\nHINT: put the rest of {URL} there, or delete what is "
+                      "there to download all")
     batches = [decode(check(folder / name, name, (folder / name).read_bytes())) for name in names]
     train = tuple(torch.cat(parts) for parts in zip(*batches[:4]))
     val = tuple(part[:2000] for part in batches[4])
