@@ -420,7 +420,7 @@ class BYOV(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.out, pair = Path(folder.name), (byov.load_glyphs(300, 32, 3)[0], torch.arange(300) % 10)
-        patch = mock.patch.object(byov, "load_data", lambda _: (dict(train=pair, val=pair, test=pair), "few glyphs"))
+        patch = mock.patch.object(byov, "load_data", lambda _: (dict(train=pair, val=pair, test=pair), "few"))
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -473,7 +473,7 @@ class BYOV(unittest.TestCase):
         self.assertTrue(max(low, low_again) < 0.01 and high > 0.05, (low, high, low_again))
 
     def test_images(self):
-        factors = torch.tensor([[2.0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1 / 3]])  # red; its image's mean 0.5
+        factors = torch.tensor([[2.0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1 / 3]])  # red, mean 0.5
         pixel = torch.tensor([1, 0, 0, 0.5, 0.5, 0.5])
         colour = data.augment.jitter(factors, torch.arange(4).expand(4, 4))[:, :3] @ pixel
         torch.testing.assert_close(colour, torch.tensor([[2.0, 0, 0], [0.5] * 3, [0.299] * 3, [0, 1, 0]]))
