@@ -411,7 +411,7 @@ class TextData(unittest.TestCase):
 
 # -------- byov.py, data/cifar10.py, data/augment.py, data/corruptions.py
 
-TINY_BYOV = "--device cpu --data glyphs --width 4 --hidden 16 --batch 16 --steps 4 --eval_interval 2 --samples 3".split()
+SMALL = "--data glyphs --device cpu --width 4 --hidden 16 --batch 16 --steps 4 --eval_interval 2 --samples 3".split()
 
 
 class BYOV(unittest.TestCase):
@@ -442,8 +442,8 @@ class BYOV(unittest.TestCase):
 
     def test_byol_step(self):
         """A step of --no-bayes against BYOL written out: summed losses, SGD, then the average of weights."""
-        run(byov.main, *TINY_BYOV, "--no-bayes", "--steps", 1, "--out_dir", self.out)
-        args = byov.parse(TINY_BYOV + ["--no-bayes"])
+        run(byov.main, *SMALL, "--no-bayes", "--steps", 1, "--out_dir", self.out)
+        args = byov.parse(SMALL + ["--no-bayes"])
         images, labels = byov.load_data("")[0]["train"]
         torch.manual_seed(args.seed)
         online, target = byov.make_networks(args, torch.device("cpu"))
@@ -489,7 +489,7 @@ class BYOV(unittest.TestCase):
 
     def test_runs(self):
         """Resume to the bit and measured alike; --compare; collapse; bad flags; a broken batch of CIFAR-10."""
-        save, grey, flags = byov.save_checkpoint, torch.ones(8, 4), [*TINY_BYOV, "--out_dir", self.out]
+        save, grey, flags = byov.save_checkpoint, torch.ones(8, 4), [*SMALL, "--out_dir", self.out]
         with mock.patch.object(byov, "save_checkpoint", lambda *x: save(*x) or sys.exit(9)):
             self.assertEqual(run(byov.main, *flags)[0], 9)
         resumed, _ = run(byov.main, *flags, "--resume")
