@@ -452,8 +452,8 @@ def compare(args, data, device, autocast, out_dir):
         result["BYOV - BYOL"] = mean_and_std(pairs)
     if {"BYOV", "BBB"} <= set(runs):  # the paper's "predictive std of BYOV vs. BBB" admits several readings
         ours, theirs = (founds[name][0]["std"] for name in ("BYOV", "BBB"))
-        readings = {"difference": ours - theirs, "BYOV": ours, "BBB": theirs, "log BYOV": ours.log(),
-                    "log BBB": theirs.log()}
+        readings = {"difference": ours - theirs, "BYOV": ours, "BBB": theirs, "log BYOV": ours.clamp(min=1e-9).log(),
+                    "log BBB": theirs.clamp(min=1e-9).log()}
         if args.seeds > 1:
             readings["difference of two BBB seeds"] = theirs - founds["BBB"][1]["std"]
         result["predictive_std"] = {name: gaussian_fit(x) for name, x in readings.items()}
