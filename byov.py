@@ -596,9 +596,9 @@ def main(argv=None):
         founds = {"BYOV" if args.bayes else "BYOL": [found]}
         rows = [dict(result, name=[*founds][0])]
     for row in rows:
-        numbers = (f"{key} {row[key] * (1 if key == 'nll' else 100):.2f} ± {100 * row.get(key + '_std', 0):.2f}"
-                   for key in COLUMNS if key in row)
-        print(f"{row['name']:20}" + "  ".join(numbers))
+        unit = dict.fromkeys(COLUMNS, 100) | dict(nll=1)
+        cells = [(key, unit[key] * row[key], unit[key] * row.get(f"{key}_std", 0)) for key in COLUMNS if key in row]
+        print(f"{row['name']:20}" + "  ".join(f"{key} {mean:.2f} ± {std:.2f}" for key, mean, std in cells))
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
