@@ -13,8 +13,7 @@ weights; lambda = weight_decay * prior_std^2 makes its gradient on mu plain weig
     python byov.py                trains BYOV, then measures a linear probe, on clean and corrupted images
     python byov.py --compare      BYOL, BYOV, supervised, BBB; controls: BYOL with untrained noise, BYOL ensemble
 
-On a GPU the data are CIFAR-10, on a CPU drawn digits. The paper's idea is as its abstract states it; encoder, prior,
-schedules, probe and corruptions are choices of this file, and the paper may differ in each of them.
+On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only the abstract was known: the rest is our choice.
 """
 import argparse
 import copy
@@ -488,11 +487,12 @@ def plot(path, founds, labels):
         severities.plot(range(6), ece, marker=".", label=name)
     severities.set(xlabel="severity", ylabel="ECE, %", title=keys[1][0].replace("_", " "))
     severities.legend(frameon=False, fontsize="small")
-    if "BYOV" in founds and "BBB" in founds:
+    stds.set_visible("BYOV" in founds and "BBB" in founds)
+    if stds.get_visible():
         x = (founds["BYOV"][0]["std"] - founds["BBB"][0]["std"]).cpu()
         stds.hist(x, 60, density=True)
-        grid = torch.linspace(x.min(), x.max(), 200)
-        stds.plot(grid, torch.distributions.Normal(x.mean(), x.std()).log_prob(grid).exp(), label="Gaussian fit")
+        grid, gaussian = torch.linspace(x.min(), x.max(), 200), torch.distributions.Normal(x.mean(), x.std())
+        stds.plot(grid, gaussian.log_prob(grid).exp(), label="Gaussian fit")
         stds.set(xlabel="predictive std, BYOV - BBB", ylabel="density")
         stds.legend(frameon=False)
     figure.savefig(path, dpi=150)
