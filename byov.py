@@ -595,8 +595,8 @@ def main(argv=None):
         result = trained | metrics
         founds = {"BYOV" if args.bayes else "BYOL": [found]}
         rows = [dict(result, name=[*founds][0])]
+    unit = dict.fromkeys(COLUMNS, 100) | dict(nll=1)
     for row in rows:
-        unit = dict.fromkeys(COLUMNS, 100) | dict(nll=1)
         cells = [(key, unit[key] * row[key], unit[key] * row.get(f"{key}_std", 0)) for key in COLUMNS if key in row]
         print(f"{row['name']:20}" + "  ".join(f"{key} {mean:.2f} ± {std:.2f}" for key, mean, std in cells))
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)

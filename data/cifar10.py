@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import torch
 
-from data.download import CACHE, download
+from data.download import CACHE, download, store
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 RECORD, RECORDS = 1 + 3 * 32 * 32, 10_000
@@ -70,8 +70,5 @@ def unpack(folder):
         raise ValueError(f"{URL}: not the archive of CIFAR-10 ({error})") from error
     for name, content in members.items():
         check(URL, name, content)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in members.items():
-        part = folder / f"{name}.part"
-        part.write_bytes(content)
-        part.replace(folder / name)
+        store(folder / name, content)

@@ -29,11 +29,16 @@ def cached(name, url, sha256=None, decode=bytes):
         raise ValueError(f"{url if fresh else path}: sha256 {checksum(content)}, expected {sha256}\n"
                          f"HINT: delete {path} to download it again from {url}")
     if fresh:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_bytes(stored)
-        part.replace(path)
+        store(path, stored)
     return content
+
+
+def store(path, content):
+    """Write another file, then rename it: whoever finds path finds all of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def download(url):
