@@ -3,9 +3,8 @@ GPT with sigmoid self-attention ("Theory, Analysis, and Best Practices for Sigmo
 
     softmax(Q K^T / sqrt d) V   becomes   sigmoid(Q K^T / sqrt d + b - slope * |i - j|) V     with b = -log(context)
 
-What makes it train, in the paper and its released configurations: keep the attention output small early on, by b and
-ALiBi; normalise q and k; at scale, normalise what each branch adds, too ("hybrid norm"). Each of these is a flag.
-Tokens are bytes, so any file is a data set; the loss is in nats per byte.
+What makes it train, in the paper: keep the attention output small early on, by b and ALiBi; normalise q and k; at
+scale, normalise what each branch adds ("hybrid norm"). Each is a flag. Tokens are bytes; the loss is in nats per byte.
 
     python sigmoid_gpt.py                 trains on tiny shakespeare and writes a sample; 2-core CPU: 1.62 in 3 minutes
     python sigmoid_gpt.py --compare       softmax, sigmoid, and sigmoid without its bias: loss, norms, speed, memory
@@ -49,13 +48,11 @@ def alibi_slopes(heads):
     return 2 ** (-8 / power * torch.tensor([h + 1 if h < power else h - power + 0.5 for h in range(heads)]))
 
 
-def rotate(x):
-    """RoPE (arXiv 2104.09864) of x (B, H, T, D): at position t, dimensions d and d + D/2 turn by t * 10000^(-2d/D)."""
-    T, half = x.shape[2], x.shape[3] // 2
-    frequency = 10000 ** (-torch.arange(half, device=x.device) / half)                      # (D/2,)
-    angle = torch.arange(T, device=x.device)[:, None] * frequency                           # (T, D/2)
+def rotate(x, turn):
+    """RoPE (arXiv 2104.09864) of x (B, T, H, D): dimensions d and d + D/2 turn by the angle of turn[:, t, d]."""
+    cos, sin = turn[:, :x.shape[1], None]                                                   # each (T, 1, D/2)
     a, b = x.float().chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -64,16 +61,20 @@ class Attention(nn.Module):
         self.args = args
         self.qkv = nn.Linear(args.channels, 3 * args.channels, bias=False)
         self.out = nn.Linear(args.channels, args.channels, bias=False)
-        norms = (nn.RMSNorm(args.channels // args.heads, eps=1e-5) if args.qk_norm else nn.Identity() for _ in range(2))
-        self.q_norm, self.k_norm = norms
+        D = args.channels // args.heads
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-5) if args.qk_norm else nn.Identity() for _ in range(2))
+        angle = torch.arange(args.context)[:, None] * 10000 ** (-torch.arange(D // 2) / (D // 2))     # (T, D/2)
+        turn = torch.stack([angle.cos(), angle.sin()]) if args.pos == "rope" else None
+        self.register_buffer("turn", turn, persistent=False)
         self.register_buffer("slopes", alibi_slopes(args.heads) if args.pos == "alibi" else None, persistent=False)
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.args.heads, -1).permute(2, 0, 3, 1, 4)     # each (B, H, T, D)
+        q, k, v = self.qkv(x).view(B, T, 3, self.args.heads, -1).unbind(2)                  # each (B, T, H, D)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.args.pos == "rope":
-            q, k = rotate(q), rotate(k)
+            q, k = rotate(q, self.turn), rotate(k, self.turn)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                    # views (B, H, T, D)
         if self.args.attn == "sigmoid":
             y = sigmoid_attention(q, k, v, bias=self.args.attn_bias, is_causal=True, alibi_slopes=self.slopes)
         elif self.slopes is None:
@@ -98,9 +99,9 @@ class Block(nn.Module):  # x + post(attention(pre(x))), then x + post(SwiGLU(pre
         self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x):
-        x = x + self.dropout(self.post[0](self.attn(self.pre[0](x))))
+        x = x + self.dropout(self.post[0](self.attn(self.pre[0](x)))).to(x.dtype)
         gate, y = self.up(self.pre[1](x)).chunk(2, -1)
-        return x + self.dropout(self.post[1](self.down(F.silu(gate) * y)))
+        return x + self.dropout(self.post[1](self.down(F.silu(gate) * y))).to(x.dtype)
 
 
 class GPT(nn.Module):
@@ -124,9 +125,9 @@ class GPT(nn.Module):
     def logits(self, tokens):
         """tokens (B, T) int64 -> (B, T, 256)."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.embed(tokens)                                                          # (B, T, C)
+            x = self.embed(tokens).to(torch.bfloat16 if self.bf16 else torch.float32)       # (B, T, C)
             if self.positions is not None:
-                x = x + self.positions.weight[:tokens.shape[1]]
+                x = x + self.positions.weight[:tokens.shape[1]].to(x.dtype)
             for block in self.blocks:
                 x = block(x)
             return self.head(self.norm(x))
@@ -148,13 +149,12 @@ def evaluate(model, windows):
 def sample(args, length=500, temperature=0.8):
     """The prompt and `length` bytes by the model in out_dir, each drawn from what it makes of the context before."""
     state = load_checkpoint(Path(args.out_dir) / "checkpoint.pt", args)
-    trained = argparse.Namespace(**state["args"] | dict(bf16=args.bf16))
-    model = GPT(trained).to(args.device).eval()
+    model = GPT(argparse.Namespace(**state["args"] | dict(bf16=args.bf16))).to(args.device).eval()
     model.load_state_dict(state["model"])
     torch.manual_seed(args.seed)
     text = torch.tensor([list(args.prompt.encode() or b"\n")], device=args.device)                   # (1, T)
     for _ in range(length):
-        logits = model.logits(text[:, -trained.context:])[:, -1].float() / temperature      # (1, 256)
+        logits = model.logits(text[:, -state["args"]["context"]:])[:, -1].float() / temperature   # (1, 256)
         text = torch.cat([text, torch.multinomial(logits.softmax(-1), 1)], 1)
     return bytes(text[0].tolist()).decode(errors="replace")
 
