@@ -211,7 +211,7 @@ def train(args, tokens, out_dir):
     log = open(out_dir / "log.jsonl" if rank == 0 else os.devnull, "a" if args.resume else "w", buffering=1)
     log.write(json.dumps(dict(config=vars(args), torch=torch.__version__)) + "\n")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
-    previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
+    previous = signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130) if stop else stop.append(True))
     seconds, counted, tick = 0.0, 0, None  # tokens/s leaves out evaluation and the first steps, which compile
     bar = tqdm(range(first, args.steps), out_dir.name, initial=first, total=args.steps, disable=rank > 0, mininterval=1)
     for step in bar:
