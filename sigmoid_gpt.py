@@ -291,14 +291,14 @@ def compare(args, tokens, out_dir):
 
 
 def table(rows):
-    """The rows of one or more comparisons in Markdown. Flags that differ between comparisons get a column."""
-    flags = [key for key in MODEL[2:] + TRAINING if len({str(row.get(key)) for row in rows}) > 1]
+    """The rows of comparisons, or the metrics of single runs, in Markdown. Flags that differ get a column."""
+    flags = [key for key in MODEL[2:] + TRAINING if len({str(row[key]) for row in rows}) > 1]
     lines = [[*flags, "attention", "validation loss", "RMS at the start", "largest in 200 steps", "tokens/s", "GiB"]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
-        numbers = [f"{row[key]:,.{digits}f}" + f" ± {row[key + '_std']:,.{digits}f}" * (row["seeds"] > 1)
+        numbers = [f"{row[key]:,.{digits}f}" + (f" ± {row[key + '_std']:,.{digits}f}" if row.get("seeds", 1) > 1 else "")
                    for key, digits in zip(METRICS, (3, 2, 2, 0, 1))]
-        lines.append([*(str(row.get(key)) for key in flags), row["name"], *numbers])
+        lines.append([*(str(row[key]) for key in flags), row.get("name", row["attn"]), *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
