@@ -296,8 +296,8 @@ def table(rows):
     lines = [[*flags, "attention", "validation loss", "RMS at the start", "largest in 200 steps", "tokens/s", "GiB"]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
-        numbers = [f"{row[key]:,.{digits}f}" + (f" ± {row[key + '_std']:,.{digits}f}" if row.get("seeds", 1) > 1 else "")
-                   for key, digits in zip(METRICS, (3, 2, 2, 0, 1))]
+        numbers = [f"{row[key]:,.{n}f}" + (f" ± {row[key + '_std']:,.{n}f}" if row.get("seeds", 1) > 1 else "")
+                   for key, n in zip(METRICS, (3, 2, 2, 0, 1))]
         lines.append([*(str(row[key]) for key in flags), row.get("name", row["attn"]), *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
