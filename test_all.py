@@ -732,6 +732,14 @@ class Repository(unittest.TestCase):
         self.assertEqual(named - there, set())
         self.assertEqual({name for name in there - named if "json" in name}, set())
 
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not there")
+    def test_picture(self):
+        """The code in README.md still draws the first picture."""
+        code = re.search("```python\n(import json.*?)```", self.README, re.S)[1].replace("results/", f"{ROOT}/results/")
+        with mock.patch("matplotlib.figure.Figure.savefig") as savefig:
+            exec(code, {})
+        savefig.assert_called_once()
+
     def test_commands(self):
         """Every command names a script that is there, and flags that it has."""
         commands = re.findall(r"(?:python|torchrun --nproc_per_node 2) (\w+\.py)([^#`\n]*)", self.README)
