@@ -34,7 +34,7 @@ from flashsigmoid import KERNEL_DEVICES, sigmoid_attention
 
 DEFAULTS = dict(
     cpu=dict(layers=4, channels=128, heads=4, context=64, dropout=0, batch=16, steps=2500, lr=3e-3, weight_decay=1e-4),
-    gpu=dict(layers=6, channels=384, heads=6, context=256, dropout=0.4, batch=64, steps=2000, lr=1e-3, weight_decay=2))
+    gpu=dict(layers=6, channels=384, heads=6, context=256, dropout=0.4, batch=64, steps=4000, lr=1e-3, weight_decay=2))
 MODEL = "attn attn_bias pos norm qk_norm layers channels heads context dataset".split()
 TRAINING = "dropout steps batch lr warmup weight_decay".split()
 METRICS = "val_loss attention_rms_init attention_rms_early tokens_per_s peak_gib best_val_loss seconds".split()
@@ -108,7 +108,7 @@ class GPT(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.bf16 = args.bf16
-        self.embed = nn.Sequential(nn.Embedding(256, args.channels), nn.Dropout(args.dropout))
+        self.embed = nn.Embedding(256, args.channels)
         self.positions = nn.Embedding(args.context, args.channels) if args.pos == "learned" else None
         self.blocks = nn.ModuleList(Block(args) for _ in range(args.layers))
         self.norm = nn.RMSNorm(args.channels, eps=1e-5)
@@ -341,7 +341,7 @@ def parse(argv):
     model("--channels", type=int, help="width")
     model("--heads", type=int, help="attention heads, of 16 to 256 channels each")
     model("--context", type=int, help="bytes a window")
-    model("--dropout", type=float, help="after the embedding and each branch")
+    model("--dropout", type=float, help="after each branch")
     optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--steps", type=int, help="optimiser steps of a run")
     optimisation("--batch", type=int, help="windows a step, over all processes")
