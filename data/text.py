@@ -32,8 +32,9 @@ def load_text(sources=None, least=1):
                           f"HINT: put it at {CACHE / 'shakespeare' / 'input.txt'}, or use --data python") from error
     elif sources == ["python"]:
         from pydoc_data.topics import topics  # the language reference, about half a MB of English
-        modules = sorted(Path(os.__file__).parent.glob("*.py"))  # the standard library without its packages, 5 MB
-        content = b"\n".join([topics[name].encode() for name in sorted(topics)] + [path.read_bytes() for path in modules])
+        content = "\n".join(topics[name] for name in sorted(topics)).encode()
+        for module in sorted(Path(os.__file__).parent.glob("*.py")):  # the standard library without packages, 5 MB
+            content += b"\n" + module.read_bytes()
         sources = [f"python {sys.version.split()[0]}"]
     else:
         content = b"\n".join(read(Path(source)) for source in sources)
