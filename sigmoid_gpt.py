@@ -3,16 +3,15 @@ GPT with sigmoid self-attention ("Theory, Analysis, and Best Practices for Sigmo
 
     softmax(Q K^T / sqrt d) V   becomes   sigmoid(Q K^T / sqrt d + b - slope * |i - j|) V     with b = -log(context)
 
-What makes it train, in the paper and its released language-model configurations: keep the attention output small early
-on, by b = -log n and ALiBi; normalise q and k; at scale, normalise what each branch adds, too ("hybrid norm"). Each of
-these is a flag. Tokens are bytes, so any file is a data set; the loss is in nats per byte.
+What makes it train, in the paper: keep the attention output small early on, by b and ALiBi; normalise q and k; at
+scale, normalise what each branch adds ("hybrid norm"). Each is a flag. Tokens are bytes; the loss is in nats per byte.
 
     python sigmoid_gpt.py                 trains on tiny shakespeare and writes a sample; 2-core CPU: 1.62 in 3 minutes
-    python sigmoid_gpt.py --compare       softmax, sigmoid, and sigmoid without its bias: loss, norms, speed
+    python sigmoid_gpt.py --compare       softmax, sigmoid, and sigmoid without its bias: loss, norms, speed, memory
     python sigmoid_gpt.py --sample --prompt "ROMEO:"          torchrun --nproc_per_node 2 sigmoid_gpt.py
 
-Differs from the paper in size, steps and data; in its tokens (the paper's are 32,768 byte pairs); in dropout and weight
-decay on a GPU, where a small text is seen many times; in the learning rate, tuned for this size.
+Differs from the paper in size, steps, data and tokens (there 32,768 byte pairs), in the learning rate, and on a GPU in
+dropout and weight decay, because a small text is seen many times.
 """
 import argparse
 import importlib.util
@@ -28,19 +27,17 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.text import load_text
 from flashsigmoid import KERNEL_DEVICES, sigmoid_attention
 
-DEFAULTS = {
-    "cpu": dict(layers=4, channels=128, heads=4, context=64, dropout=0.0, batch=16, steps=2500, lr=3e-3,
-                weight_decay=1e-4),
-    "gpu": dict(layers=6, channels=384, heads=6, context=256, dropout=0.4, batch=64, steps=4000, lr=1e-3,
-                weight_decay=2.0),
-}
-ARCHITECTURE = "attn attn_bias pos norm qk_norm layer_scale layers channels heads context".split()
+DEFAULTS = dict(
+    cpu=dict(layers=4, channels=128, heads=4, context=64, dropout=0, batch=16, steps=2500, lr=3e-3, weight_decay=1e-4),
+    gpu=dict(layers=6, channels=384, heads=6, context=256, dropout=0.4, batch=64, steps=4000, lr=1e-3, weight_decay=2))
+MODEL = "attn attn_bias pos norm qk_norm layers channels heads context dataset".split()
+TRAINING = "dropout steps batch lr warmup weight_decay".split()
+METRICS = "val_loss attention_rms_init attention_rms_early tokens_per_s peak_gib best_val_loss seconds".split()
 
 
 # -------- Model. B batch, T tokens, C channels, H heads, D = C / H.
@@ -48,16 +45,14 @@ ARCHITECTURE = "attn attn_bias pos norm qk_norm layer_scale layers channels head
 def alibi_slopes(heads):
     """(H,) geometric series 2^(-8/H), 2^(-16/H), ... (arXiv 2108.12409); if H is no power of two, two such series."""
     power = 2 ** int(math.log2(heads))
-    return torch.tensor([2 ** (-8 * (h + 1) / power) if h < power else 2 ** (-8 * (h - power + 0.5) / power)
-                         for h in range(heads)])
+    return 2 ** (-8 / power * torch.tensor([h + 1 if h < power else h - power + 0.5 for h in range(heads)]))
 
 
-def rotate(x, positions):
-    """RoPE (arXiv 2104.09864) of x (B, H, T, D): at position t, dimensions d and d + D/2 turn by t * 10000^(-2d/D)."""
-    half = x.shape[-1] // 2
-    angle = positions[:, None] * 10000 ** (-torch.arange(half, device=x.device) / half)     # (T, D/2)
+def rotate(x, turn):
+    """RoPE (arXiv 2104.09864) of x (B, T, H, D): dimensions d and d + D/2 turn by the angle of turn[:, t, d]."""
+    cos, sin = turn[:, :x.shape[1], None]                                                   # each (T, 1, D/2)
     a, b = x.float().chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -66,35 +61,34 @@ class Attention(nn.Module):
         self.args = args
         self.qkv = nn.Linear(args.channels, 3 * args.channels, bias=False)
         self.out = nn.Linear(args.channels, args.channels, bias=False)
-        if args.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(args.channels // args.heads, eps=1e-5) for _ in range(2))
+        D = args.channels // args.heads
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-5) if args.qk_norm else nn.Identity() for _ in range(2))
+        angle = torch.arange(args.context)[:, None] * 10000 ** (-torch.arange(D // 2) / (D // 2))     # (T, D/2)
+        turn = torch.stack([angle.cos(), angle.sin()]) if args.pos == "rope" else None
+        self.register_buffer("turn", turn, persistent=False)
         self.register_buffer("slopes", alibi_slopes(args.heads) if args.pos == "alibi" else None, persistent=False)
 
-    def forward(self, x, positions, cache):
-        """x (B, T, C), positions (T,); cache, when generating, is a dict of the keys and values of earlier tokens."""
+    def forward(self, x):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.args.heads, -1).permute(2, 0, 3, 1, 4)     # each (B, H, T, D)
-        if self.args.qk_norm:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k, v = self.qkv(x).view(B, T, 3, self.args.heads, -1).unbind(2)                  # each (B, T, H, D)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.args.pos == "rope":
-            q, k = rotate(q, positions), rotate(k, positions)
-        if cache is not None:  # sigmoid attention renormalises nothing: a new key just adds its term to the sum
-            k, v = (torch.cat([*old, new], 2) for old, new in zip(cache.get(self, ((), ())), (k, v)))
-            cache[self] = [k], [v]
+            q, k = rotate(q, self.turn), rotate(k, self.turn)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                    # views (B, H, T, D)
         if self.args.attn == "sigmoid":
             y = sigmoid_attention(q, k, v, bias=self.args.attn_bias, is_causal=True, alibi_slopes=self.slopes)
         elif self.slopes is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        else:  # softmax takes ALiBi as a tensor (H, Tq, Tk), -inf for the future
-            distance = positions[:, None] - torch.arange(k.shape[2], device=x.device)
-            mask = (-self.slopes[:, None, None] * distance).masked_fill(distance < 0, -math.inf).to(q.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, mask)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # softmax takes ALiBi as a tensor (H, T, T), -inf for the future
+            t = torch.arange(float(T), device=x.device)
+            distance = (t[:, None] - t).masked_fill(t > t[:, None], math.inf)
+            y = F.scaled_dot_product_attention(q, k, v, (-self.slopes[:, None, None] * distance).to(q.dtype))
+        if not self.training:
+            self.rms = y.float().square().mean().sqrt()
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
-class Block(nn.Module):
-    """x + post(attention(pre(x))), then x + post(SwiGLU(pre(x))); --norm pre has no post."""
-
+class Block(nn.Module):  # x + post(attention(pre(x))), then x + post(SwiGLU(pre(x))); --norm pre has no post
     def __init__(self, args):
         super().__init__()
         C, width = args.channels, math.ceil(8 / 3 * args.channels / 256) * 256
@@ -102,26 +96,20 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(C, 2 * width, bias=False), nn.Linear(width, C, bias=False)
         self.pre = nn.ModuleList(nn.RMSNorm(C, eps=1e-5) for _ in range(2))
         self.post = nn.ModuleList(nn.RMSNorm(C, eps=1e-5) if args.norm == "hybrid" else nn.Identity() for _ in range(2))
-        scales = [torch.full((C,), args.layer_scale) for _ in range(2)]
-        self.scale = nn.ParameterList(scales) if args.layer_scale else None
         self.dropout = nn.Dropout(args.dropout)
 
-    def add(self, x, branch, i):
-        y = self.dropout(self.post[i](branch))
-        return x + y if self.scale is None else x + self.scale[i] * y
-
-    def forward(self, x, positions, cache):
-        x = self.add(x, self.attn(self.pre[0](x), positions, cache), 0)
+    def forward(self, x):
+        x = x + self.dropout(self.post[0](self.attn(self.pre[0](x)))).to(x.dtype)
         gate, y = self.up(self.pre[1](x)).chunk(2, -1)
-        return self.add(x, self.down(F.silu(gate) * y), 1)
+        return x + self.dropout(self.post[1](self.down(F.silu(gate) * y))).to(x.dtype)
 
 
 class GPT(nn.Module):
     def __init__(self, args):
         super().__init__()
+        self.bf16 = args.bf16
         self.embed = nn.Embedding(256, args.channels)
         self.positions = nn.Embedding(args.context, args.channels) if args.pos == "learned" else None
-        self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(args) for _ in range(args.layers))
         self.norm = nn.RMSNorm(args.channels, eps=1e-5)
         self.head = nn.Linear(args.channels, 256, bias=False)
@@ -129,22 +117,20 @@ class GPT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
 
-    def forward(self, tokens, start=0, cache=None):
-        """tokens (B, T) int64 at positions start, start + 1, ... -> logits (B, T, 256)."""
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        x = self.embed(tokens)                                                              # (B, T, C)
-        if self.positions is not None:
-            x = x + self.positions(positions)
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, positions, cache)
-        return self.head(self.norm(x))
+    def forward(self, windows):
+        """windows (B, T + 1) of bytes -> (B, T) nats: each byte from those before it."""
+        logits = self.logits(windows[:, :-1].long()).float()
+        return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:].long(), reduction="none")
 
-
-def cross_entropy(model, windows):
-    """windows (B, T + 1) of bytes -> (B, T) nats: each byte from those before it."""
-    windows = windows.long()
-    return F.cross_entropy(model(windows[:, :-1]).float().transpose(1, 2), windows[:, 1:], reduction="none")
+    def logits(self, tokens):
+        """tokens (B, T) int64 -> (B, T, 256)."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.embed(tokens).to(torch.bfloat16 if self.bf16 else torch.float32)       # (B, T, C)
+            if self.positions is not None:
+                x = x + self.positions.weight[:tokens.shape[1]].to(x.dtype)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
 
 
 # -------- Evaluation
@@ -152,33 +138,24 @@ def cross_entropy(model, windows):
 @torch.no_grad()
 def evaluate(model, windows):
     """Of windows (N, T + 1): the mean loss in nats, and the root mean square of the attention output, before its
-    projection, in the layer where it is largest. Draws no random numbers and knows no batch size."""
-    found = []
-    hooks = [block.attn.out.register_forward_pre_hook(lambda _, x: found.append(x[0].float().square().mean().sqrt()))
-             for block in model.blocks]
+    projection, in the layer where it is largest, over the last batch. Draws no random numbers."""
     model.eval()
-    losses = [cross_entropy(model, some).mean(1).double() for some in windows.split(1 + 2 ** 15 // windows.shape[1])]
+    losses = [model(some).mean(1).double() for some in windows.split(1 + 2 ** 15 // windows.shape[1])]
     model.train()
-    for hook in hooks:
-        hook.remove()
-    return torch.cat(losses).mean().item(), torch.stack(found).max().item()
+    return torch.cat(losses).mean().item(), max(block.attn.rms.item() for block in model.blocks)
 
 
 @torch.no_grad()
-def generate(model, prompt, context, seed, length=500, temperature=0.8):
-    """prompt and `length` sampled bytes. When the cache is full, the newest half of it is read again."""
-    model.eval()
-    device = model.head.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    text = torch.tensor([list(prompt.encode())], device=device)                             # (1, T)
-    new, cache, start = text[:, -context:], {}, 0
+def sample(args, length=500, temperature=0.8):
+    """The prompt and `length` bytes by the model in out_dir, each drawn from what it makes of the context before."""
+    state = load_checkpoint(Path(args.out_dir) / "checkpoint.pt", args)
+    model = GPT(argparse.Namespace(**state["args"] | dict(bf16=args.bf16))).to(args.device).eval()
+    model.load_state_dict(state["model"])
+    torch.manual_seed(args.seed)
+    text = torch.tensor([list(args.prompt.encode() or b"\n")], device=args.device)                # (1, T)
     for _ in range(length):
-        if start + new.shape[1] > context:
-            new, cache, start = text[:, -(context // 2):], {}, 0
-        logits = model(new, start, cache)[:, -1].float() / temperature                      # (1, 256)
-        start += new.shape[1]
-        new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        text = torch.cat([text, new], 1)
+        logits = model.logits(text[:, -state["args"]["context"]:])[:, -1].float() / temperature   # (1, 256)
+        text = torch.cat([text, torch.multinomial(logits.softmax(-1), 1)], 1)
     return bytes(text[0].tolist()).decode(errors="replace")
 
 
@@ -191,142 +168,151 @@ def save_checkpoint(path, state):
     part.replace(path)
 
 
-def load_checkpoint(path, device, args=None):
+def load_checkpoint(path, args):
+    """What save_checkpoint wrote; with --resume only if its run had the model and data of args."""
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume and --sample")
-    state = torch.load(path, map_location=device, weights_only=True)
-    differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
-                 if args and state["args"][name] != getattr(args, name)]
+    state = torch.load(path, map_location=args.device, weights_only=True)
+    names = (MODEL + TRAINING * args.compare) * args.resume
+    differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in names
+                 if state["args"][name] != getattr(args, name)]
     if differing:
-        fail(f"--resume: {path} is another architecture: {'; '.join(differing)}")
+        fail(f"--resume: {path} is another run: {'; '.join(differing)}")
     return state
 
 
-def train(args, tokens, device, autocast, out_dir):
-    """Train on nine tenths of tokens (N,) uint8, validate on the rest; checkpoint.pt and log.jsonl go to out_dir.
-
-    Returns (model, metrics, curves); curves holds "loss" and "norm", lists of (step, value). Ctrl-C saves and exits."""
+def train(args, tokens, out_dir):
+    """Train on nine tenths of tokens (N,) uint8, validate on the rest; returns the metrics. Ctrl-C saves and exits."""
     began = time.time()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    train_tokens, val_tokens = tokens.to(device).tensor_split([len(tokens) * 9 // 10])
+    train_tokens, val_tokens = tokens.to(args.device).tensor_split([len(tokens) * 9 // 10])
+    windows = train_tokens.unfold(0, args.context + 1, 1)                                   # (N - T, T + 1), a view
+    val_windows = val_tokens.unfold(0, args.context + 1, args.context)  # adjoining; a rest shorter than one is left out
     torch.manual_seed(args.seed)
-    gpt = model = GPT(args).to(device)
-    if device.type == "cuda":  # CUDA graphs: to launch kernels this small takes longer than to run them
-        model = torch.compile(gpt, mode="reduce-overhead" if world == 1 else None)
+    gpt = model = GPT(args).to(args.device)
+    if args.device == "cuda":
+        torch.compiler.reset()  # forget the run before
+        torch.cuda.reset_peak_memory_stats()
+        model = torch.compile(gpt, mode="reduce-overhead" if world == 1 else None)  # by CUDA graphs
     if world > 1:
-        model = DistributedDataParallel(model)
-    matrices, vectors = ([p for p in gpt.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
-    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
-    first, losses, norms = 0, [], []
+        model = nn.parallel.DistributedDataParallel(model)
+    groups = [dict(params=[p for p in gpt.parameters() if p.dim() > 1], weight_decay=args.weight_decay),
+              dict(params=[p for p in gpt.parameters() if p.dim() == 1], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device != "mps")
+    first = 0
     if args.resume:
-        state = load_checkpoint(out_dir / "checkpoint.pt", device, args)
+        state = load_checkpoint(out_dir / "checkpoint.pt", args)
         gpt.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first, losses, norms = state["step"], state["losses"], state["norms"]
-        if first >= args.steps:
-            fail(f"--resume: {out_dir} is at step {first}; allowed: --steps above that")
-    if rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        log = open(out_dir / "log.jsonl", "a" if args.resume else "w", buffering=1)
-        log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
+        first = state["step"]
+        if first >= args.steps:  # it is done
+            return json.loads((out_dir / "metrics.json").read_text())
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log = open(out_dir / "log.jsonl" if rank == 0 else os.devnull, "a" if args.resume else "w", buffering=1)
+    log.write(json.dumps(dict(config=vars(args), torch=torch.__version__)) + "\n")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
-    previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    offsets = torch.arange(args.context + 1, device=device)
-    windows = val_tokens.unfold(0, args.context + 1, args.context)  # adjoining; a rest shorter than one is left out
-    seconds, counted, tick = 0.0, 0, None  # the clock of tokens/s leaves out compilation and evaluation
-    bar = tqdm(total=args.steps, initial=first, disable=rank > 0, desc=out_dir.name, mininterval=1)
-    for step in range(first, args.steps):
+    previous = signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130) if stop else stop.append(True))
+    seconds, counted, tick = 0.0, 0, None  # tokens/s leaves out evaluation and the first steps, which compile
+    bar = tqdm(range(first, args.steps), out_dir.name, initial=first, total=args.steps, disable=rank > 0, mininterval=1)
+    for step in bar:
         if rank == 0 and step < 200 and step % 10 == 0:
-            with autocast:
-                norms.append((step, evaluate(gpt, windows[:8])[1]))
+            log.write(json.dumps(dict(step=step, attention_rms=evaluate(gpt, val_windows[:8])[1])) + "\n")
+        tick = tick or (time.time(), step)
         progress = max(0, step - args.warmup) / max(1, args.steps - args.warmup)  # warm-up, then a cosine to a tenth
         lr = args.lr * min((step + 1) / max(1, args.warmup), 0.55 + 0.45 * math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(1_000_003 * args.seed + step)  # batch and dropout depend on nothing else: resuming is exact
-        starts = torch.randint(len(train_tokens) - args.context, (args.batch,), device=device)[rank::world]
-        with autocast:
-            loss = cross_entropy(model, train_tokens[starts[:, None] + offsets]).mean()
+        starts = torch.randint(len(windows), (args.batch,), device=args.device)[rank::world]
+        loss = model(windows[starts]).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bar.update()
-        last = step + 1 == args.steps or bool(stop)
-        if last or (step + 1) % 10 == 0:
+        evaluating = stop or step + 1 == args.steps or (step + 1) % args.eval_interval == 0
+        if evaluating or (step + 1) % 10 == 0:
             if world > 1:
                 dist.all_reduce(loss.detach())
             train_loss = loss.item() / world  # waits for the device, so that the clock tells the truth
             if not math.isfinite(train_loss):
                 bar.close()
                 fail(f"loss {train_loss} at step {step}, learning rate {lr:.2e}", status=1)
-            if tick:
-                seconds, counted = seconds + time.time() - tick[0], counted + step - tick[1]
-            tick = time.time(), step
+            if tick[1] > first:
+                seconds, counted = seconds + time.time() - tick[0], counted + step + 1 - tick[1]
+            tick = None
             bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
-        if rank == 0 and (last or (step + 1) % args.eval_interval == 0):
-            with autocast:
-                val_loss, rms = evaluate(gpt, windows)
-            losses.append((step + 1, val_loss))
-            norms.append((step + 1, rms))
+        if rank == 0 and evaluating:
+            val_loss, rms = evaluate(gpt, val_windows)
             record = dict(step=step + 1, train_loss=train_loss, val_loss=val_loss, attention_rms=rms)
             log.write(json.dumps(record) + "\n")
             bar.write(f"step {step + 1}/{args.steps}  train {train_loss:.4f}  val {val_loss:.4f}")
-            state = dict(args=vars(args), model=gpt.state_dict(), optimizer=optimizer.state_dict())
-            save_checkpoint(out_dir / "checkpoint.pt", dict(state, step=step + 1, losses=losses, norms=norms))
-            tick = None
-        if stop:
+            state = dict(args=vars(args), model=gpt.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            save_checkpoint(out_dir / "checkpoint.pt", state)
+        if stop and step + 1 < args.steps:
             bar.close()
             fail(f"interrupted at step {step + 1}; {out_dir / 'checkpoint.pt'} is saved, --resume goes on", status=130)
-    bar.close()
     signal.signal(signal.SIGINT, previous)
     if world > 1:
         dist.destroy_process_group()
         if rank > 0:
             raise SystemExit
-    metrics = dict(val_loss=val_loss, best_val_loss=min(loss for _, loss in losses), train_loss=train_loss,
-                   attention_rms_init=norms[0][1], attention_rms_early=max(rms for step, rms in norms if step < 200),
-                   tokens_per_s=counted * args.batch * args.context / max(seconds, 1e-9), seconds=time.time() - began)
-    return gpt, metrics, dict(loss=losses, norm=norms)
+    losses, norms = history(out_dir)
+    metrics = vars(args) | dict(
+        val_loss=val_loss, best_val_loss=min(losses.values()), train_loss=train_loss, attention_rms_init=norms[0],
+        attention_rms_early=max(rms for step, rms in norms.items() if step < 200),
+        tokens_per_s=counted * args.batch * args.context / max(seconds, 1e-9), seconds=time.time() - began,
+        peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30, device=args.machine, torch=torch.__version__)
+    (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    return metrics
 
 
-def compare(args, tokens, device, autocast, out_dir):
-    """The paper's claim: softmax, sigmoid, and sigmoid without the bias that keeps its output small, on equal batches.
+def history(folder):
+    """{step: validation loss} and {step: RMS of the attention output} of the run in folder."""
+    records = [json.loads(line) for line in open(folder / "log.jsonl")]
+    return [{r["step"]: r[key] for r in records if key in r} for key in ("val_loss", "attention_rms")]
 
-    Returns (rows, {name: curves of the last seed})."""
-    b, rows, curves = args.attn_bias, [], {}
+
+def compare(args, tokens, out_dir):
+    """(rows, {name: folder of its last run}) of softmax, sigmoid, and sigmoid without its bias, on equal batches."""
+    rows, folders, b = [], {}, args.attn_bias
     for name, bias in (("softmax", b), (f"sigmoid, b = {b:.2f}", b), ("sigmoid, b = 0", 0.0)):
         runs = []
         for seed in range(args.seed, args.seed + args.seeds):
+            folders[name] = folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
             arm = argparse.Namespace(**vars(args) | dict(attn=name.split(",")[0], attn_bias=bias, seed=seed))
-            folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
-            _, metrics, curves[name] = train(arm, tokens, device, autocast, folder)
-            runs.append(metrics)
-        row = dict(name=name, seeds=args.seeds)
-        for key in runs[0]:
+            arm.resume = args.resume and (folder / "checkpoint.pt").exists()
+            runs.append(train(arm, tokens, folder))
+        row = {key: runs[0][key] for key in [*MODEL, *TRAINING, "device", "torch"]} | dict(name=name, seeds=len(runs))
+        for key in METRICS:
             values = torch.tensor([run[key] for run in runs], dtype=torch.float64)
-            row[key], row[f"{key}_std"] = values.mean().item(), values.std(correction=min(1, args.seeds - 1)).item()
+            row[key], row[f"{key}_std"] = values.mean().item(), values.std(correction=min(1, len(runs) - 1)).item()
         rows.append(row)
-    print(f"\nmean ± std, seeds: {args.seeds}")
+    return rows, folders
+
+
+def table(rows):
+    """The rows of comparisons, or the metrics of single runs, in Markdown. Flags that differ get a column."""
+    flags = [key for key in MODEL[2:] + TRAINING if len({str(row[key]) for row in rows}) > 1]
+    lines = [[*flags, "attention", "validation loss", "RMS at the start", "largest in 200 steps", "tokens/s", "GiB"]]
+    lines.append(["---"] * len(lines[0]))
     for row in rows:
-        print(f"{row['name']:18} val loss {row['val_loss']:.4f} ± {row['val_loss_std']:.4f}   attention RMS at start "
-              f"{row['attention_rms_init']:.3f}, largest in 200 steps {row['attention_rms_early']:.3f} ± "
-              f"{row['attention_rms_early_std']:.3f}   {row['tokens_per_s']:,.0f} tokens/s")
-    return rows, curves
+        numbers = [f"{row[key]:,.{n}f}" + (f" ± {row[key + '_std']:,.{n}f}" if row.get("seeds", 1) > 1 else "")
+                   for key, n in zip(METRICS, (3, 2, 2, 0, 1))]
+        lines.append([*(str(row[key]) for key in flags), row.get("name", row["attn"]), *numbers])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot(path, curves):
-    """Validation loss and RMS of the attention output against steps, a line an arm."""
+def plot(path, folders):
+    """Validation loss and RMS of the attention output against steps, a line a run."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, curve in curves.items():
-        left.plot(*zip(*curve["loss"]), label=name, marker=".")
-        right.plot(*zip(*curve["norm"]), label=name, marker=".")
-    left.set(xlabel="step", ylabel="validation loss, nats per byte")
-    right.set(xlabel="step, early", ylabel="RMS of the attention output", yscale="log", xlim=(-5, 205))
-    left.legend(frameon=False)
+    axes = figure.subplots(1, 2)
+    for name, folder in folders.items():
+        for axis, curve in zip(axes, history(folder)):
+            axis.plot(*zip(*sorted(curve.items())), label=name, marker=".")
+    axes[0].set(xlabel="step", ylabel="validation loss, nats per byte")
+    axes[1].set(xlabel="step, early", ylabel="RMS of the attention output", yscale="log", xlim=(-5, 205))
+    axes[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -344,20 +330,18 @@ def parse(argv):
     parser.error = fail
     parser.set_defaults(**DEFAULTS["cpu" if there[0] == "cpu" else "gpu"])
     data = parser.add_argument_group("data").add_argument
-    data("--data", nargs="+", metavar="NAME", help="shakespeare, python (the documentation inside Python), or paths of "
-         "text files and folders; None is shakespeare, or python where that can't be had")
+    data("--data", nargs="+", metavar="NAME", help="shakespeare, python, or files and folders; None is what can be had")
     model = parser.add_argument_group("model").add_argument
     model("--attn", choices=("sigmoid", "softmax"), default="sigmoid", help="attention")
     model("--attn_bias", type=float, help="b of sigmoid attention; None is -log of the context")
     model("--pos", choices=("alibi", "rope", "learned", "none"), default="alibi", help="position embedding")
     model("--norm", choices=("pre", "hybrid"), default="hybrid", help="before each branch, or before and after")
     model("--qk_norm", action=argparse.BooleanOptionalAction, default=True, help="RMSNorm of q and k")
-    model("--layer_scale", type=float, default=0.0, help="initial LayerScale of a branch, 0 for none")
     model("--layers", type=int, help="blocks")
     model("--channels", type=int, help="width")
     model("--heads", type=int, help="attention heads, of 16 to 256 channels each")
     model("--context", type=int, help="bytes a window")
-    model("--dropout", type=float, help="after the embedding and each branch")
+    model("--dropout", type=float, help="after each branch")
     optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--steps", type=int, help="optimiser steps of a run")
     optimisation("--batch", type=int, help="windows a step, over all processes")
@@ -365,15 +349,15 @@ def parse(argv):
     optimisation("--warmup", type=int, default=100, help="steps of linear warm-up")
     optimisation("--weight_decay", type=float, help="decoupled, of matrices")
     run = parser.add_argument_group("run").add_argument
+    run("--compare", action="store_true", help="softmax, sigmoid, and sigmoid with b = 0, in one table")
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=1337, help="of weights, batches, dropout and sample")
     run("--plot", metavar="FILE.png", help="draw losses and attention norms")
     run("--out_dir", default="out/sigmoid_gpt", help="for checkpoint.pt, log.jsonl, metrics.json")
-    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit")
+    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit; of --compare, run by run")
     run("--sample", action="store_true", help="no training: write a sample from out_dir/checkpoint.pt")
     run("--prompt", default="\n", help="text that the sample continues")
     run("--eval_interval", type=int, default=250, help="steps between evaluations, each with a checkpoint")
-    run("--compare", action="store_true", help="softmax, sigmoid, and sigmoid with b = 0, in one table")
     run("--device", choices=there, default=there[0], help="of what this machine has")
     args = parser.parse_args(argv)
     if args.device == "cpu":  # once more, now that it is known what suits the run: three arms in the time of one
@@ -381,66 +365,56 @@ def parse(argv):
         args = parser.parse_args(argv)
     args.attn_bias = -math.log(args.context) if args.attn_bias is None else args.attn_bias
     lowest = dict(layers=1, channels=1, heads=1, context=2, steps=1, batch=1, eval_interval=1, seeds=1, seed=0, lr=0,
-                  warmup=0, weight_decay=0, dropout=0, layer_scale=0, attn_bias=-1e3)
+                  warmup=0, weight_decay=0, dropout=0, attn_bias=-1e3)
     D, world = args.channels / max(1, args.heads), int(os.environ.get("WORLD_SIZE", 1))
     for wrong, message in (
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
             (args.dropout >= 1, f"--dropout {args.dropout}; allowed: below 1"),
             (D % 2 or not 16 <= D <= 256, f"--heads {args.heads}: a head has {D:g} channels; allowed: even, 16 to 256"),
-            (not args.prompt, "--prompt is empty; allowed: one byte or more"),
-            (args.compare and (args.resume or world > 1), "--compare; allowed: without --resume, in one process"),
+            (args.compare and world > 1, "--compare; allowed: in one process"),
             (args.batch % world, f"--batch {args.batch} on {world} processes; allowed: a multiple"),
-            (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
-            (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
+            (args.plot and not (Path(args.plot).absolute().parent.is_dir() and importlib.util.find_spec("matplotlib")),
+             f"--plot {args.plot}; allowed: a file in a folder that is there, and pip install matplotlib")):
         if wrong:
             fail(message)
+    args.bf16 = args.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    args.machine = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     return args
 
 
 def main(argv=None):
     """Train, compare or sample, as the flags say; returns what is in metrics.json."""
     args = parse(argv)
-    out_dir, device = Path(args.out_dir), torch.device(args.device)
+    out_dir = Path(args.out_dir)
     if args.sample:
-        state = load_checkpoint(out_dir / "checkpoint.pt", device)
-        model = GPT(argparse.Namespace(**state["args"])).to(device)
-        model.load_state_dict(state["model"])
-        return print(generate(model, args.prompt, state["args"]["context"], args.seed))
+        return print(sample(args))
     if "RANK" in os.environ:  # started by torchrun
         if args.device == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     try:
-        tokens, dataset = load_text(args.data)
+        tokens, args.dataset = load_text(args.data, 100 * args.context)
     except (OSError, ValueError) as error:
         fail(f"--data: {error}")
-    if len(tokens) < 100 * args.context:
-        fail(f"--data {dataset} holds {len(tokens):,} bytes; allowed: at least 100 windows of --context {args.context}")
-    bf16 = args.device == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    autocast = torch.autocast(args.device, torch.bfloat16, enabled=bf16)
-    name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     if os.environ.get("RANK", "0") == "0":
-        print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}: "
-              f"{len(tokens):,} bytes, {sum(p.numel() for p in GPT(args).parameters()):,} parameters, "
+        print(f"{args.machine}, {'bfloat16 (capability >= 8.0)' if args.bf16 else 'float32 (no fast bfloat16)'}, "
+              f"{args.dataset}, {sum(p.numel() for p in GPT(args).parameters()):,} parameters, "
               f"{'Triton' if args.device in KERNEL_DEVICES and args.attn == 'sigmoid' else 'PyTorch'} attention")
     if args.compare:
-        rows, curves = compare(args, tokens, device, autocast, out_dir)
-        result = dict(rows=rows)
+        rows, folders = compare(args, tokens, out_dir)
+        result = dict(rows=rows, seed=args.seed) | {key: rows[0][key] for key in "device dataset steps torch".split()}
+        (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
+        print(f"\n{table(rows)}\n\nmean ± std, seeds: {args.seeds}")
     else:
-        model, result, curves = train(args, tokens, device, autocast, out_dir)
-        curves = {args.attn: curves}
-        with autocast:
-            print(generate(model, args.prompt, args.context, args.seed) + "\n")
-        for key, value in result.items():
-            print(f"{key:26}{value:,.4f}")
-    result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
-    (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
+        result, folders = train(args, tokens, out_dir), {args.attn: out_dir}
+        print(sample(args) + "\n")
+        print("\n".join(f"{key:26}{result[key]:,.4f}" for key in METRICS))
     if args.plot:
-        plot(args.plot, curves)
+        plot(args.plot, folders)
     return result
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", status=130))
     main()

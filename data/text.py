@@ -1,4 +1,6 @@
-"""Text as bytes: tiny shakespeare, the documentation that ships inside Python, or files of your own."""
+"""Text as bytes: tiny shakespeare, the documentation and library that ship with Python, or files of your own."""
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +12,18 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def load_text(sources=None):
-    """(tokens (N,) uint8, name). Sources: None, ["shakespeare"], ["python"], or paths of files and folders.
+def load_text(sources=None, least=1):
+    """(tokens (N,) uint8, name and size). Sources: None, ["shakespeare"], ["python"], or paths of files and folders.
 
-    None takes tiny shakespeare and, where that is neither in the cache nor to be had, the text inside Python. Raises
-    OSError or ValueError that name the file and what to do.
+    None takes tiny shakespeare and, where that is neither in the cache nor to be had, what comes with Python. Raises
+    OSError or ValueError that name the file and what to do, also where it holds fewer than `least` bytes.
     """
     if sources is None:
         try:
-            return load_text(["shakespeare"])
+            return load_text(["shakespeare"], least)
         except OSError as error:
             print(f"tiny shakespeare: no download ({error.__cause__}), so --data python, the text that ships with it")
-            return load_text(["python"])
+            return load_text(["python"], least)
     if sources == ["shakespeare"]:
         try:
             content = cached("shakespeare/input.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
@@ -31,10 +33,15 @@ def load_text(sources=None):
     elif sources == ["python"]:
         from pydoc_data.topics import topics  # the language reference, about half a MB of English
         content = "\n".join(topics[name] for name in sorted(topics)).encode()
+        for module in sorted(Path(os.__file__).parent.glob("*.py")):  # the standard library without packages, 5 MB
+            content += b"\n" + module.read_bytes()
+        sources = [f"python {sys.version.split()[0]}"]
     else:
         content = b"\n".join(read(Path(source)) for source in sources)
-    tokens = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
-    return tokens, " ".join(str(source) for source in sources)
+    name = f"{' '.join(str(source) for source in sources)} ({len(content):,} bytes)"
+    if len(content) < least:
+        raise ValueError(f"{name}; allowed: {least:,} bytes or more, a hundred windows of --context")
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy()), name
 
 
 def read(path):
