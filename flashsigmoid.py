@@ -12,7 +12,7 @@ Tiles that stick out of a tensor are filled with zeros. A key of zeros has weigh
 adds nothing to O and nothing to any gradient. So ragged lengths need no mask; only what the caller hides does.
 
 Two kernels do everything on any GPU; a third, for Hopper, is a faster forward pass for heads of 128 channels.
-`python flashsigmoid.py` times them against PyTorch's attention; test_all.py compares them with float64.
+`python flashsigmoid.py` compares with float64 and, on CUDA, with the time of PyTorch's attention.
 """
 import argparse
 import json
@@ -220,8 +220,8 @@ def key_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, 
     store(DV, b, hk, n, dv)
 
 
-# -------- Hopper: the forward pass for D = 128 in Gluon, Triton's lower level. One warp loads the tiles of k and v into a
-# ring of four; two groups of four warps own 64 queries each. While the tensor cores multiply the weights of a tile by
+# -------- Hopper: the forward pass for D = 128 in Gluon, Triton's lower level. One warp loads the tiles of k and v into
+# a ring of four; two groups of four warps own 64 queries each. While the tensor cores multiply the weights of a tile by
 # its values, a group turns the scores of the next into weights.
 
 @gluon.jit
@@ -476,6 +476,20 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
 
 # -------- python flashsigmoid.py
 
+def check(device):
+    """Print the errors of out, dq, dk and dv against float64; stop where one is above a few roundings of the dtype."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        inputs, found = torch.randn(4, 2, 4, 300, 128, device=device).to(dtype), []
+        for attention, precision in ((sigmoid_attention, dtype), (sigmoid_attention_reference, torch.float64)):
+            *leaves, do = (x.requires_grad_() for x in inputs.to(precision).unbind())
+            out = attention(*leaves, is_causal=True)
+            found.append((out, *torch.autograd.grad(out, leaves, do)))
+        errors = [((x - exact).norm() / exact.norm()).item() for x, exact in zip(*found)]
+        print(f"{dtype}, against float64:", *(f"{name} {e:.1e}" for name, e in zip(("out", "dq", "dk", "dv"), errors)))
+        if not max(errors) < tolerance:
+            raise SystemExit(f"ERROR: an error above {tolerance}")
+
+
 def table(rows):
     """Markdown: TFLOP/s without and with a causal mask, a line for each direction, D and T."""
     names = [name for name in rows[0] if name not in ("D", "T", "causal", "direction")]
@@ -488,7 +502,7 @@ def table(rows):
 
 
 def benchmark():
-    """Rows of [TFLOP/s, GiB] of forward and backward: 16,384 tokens, 2,048 channels, bf16, beside PyTorch's attention."""
+    """Rows of (TFLOP/s, GiB) beside PyTorch's attention, forward and backward: 16,384 tokens, 2,048 channels, bf16."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def measure(f, flops):
@@ -498,7 +512,8 @@ def benchmark():
         peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
         return flops / triton.testing.do_bench(f, warmup=25, rep=100, return_mode="median") / 1e9, peak
 
-    rows, peers = [], {"ours": None, "FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    rows, peers = [], {"ours": None, "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
+                       "cuDNN": SDPBackend.CUDNN_ATTENTION}
     for D, T, causal in product((64, 128), (1024, 4096, 16384), (False, True)):
         q, k, v, do = (torch.randn(16384 // T, T, 2048 // D, D, device="cuda", dtype=torch.bfloat16,
                                    requires_grad=True).transpose(1, 2) for _ in range(4))
@@ -509,22 +524,26 @@ def benchmark():
             with sdpa_kernel(backend or SDPBackend.MATH):
                 forward[name] = measure(lambda: attention(q, k, v, is_causal=causal), flops)
                 out = attention(q, k, v, is_causal=causal)
-                backward[name] = measure(partial(torch.autograd.grad, out, (q, k, v), do, retain_graph=True), 2.5 * flops)
+                grad = partial(torch.autograd.grad, out, (q, k, v), do, retain_graph=True)
+                backward[name] = measure(grad, 2.5 * flops)
         rows += [forward, backward]
     return rows
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Time the kernels against PyTorch's attention.")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the table here, too")
+    parser = argparse.ArgumentParser(description="Check the kernels against float64 and, on CUDA, time them.")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the times here, too")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        raise SystemExit("ERROR: no CUDA device to time\nHINT: python test_all.py FlashSigmoid steps through the kernels")
-    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
-    result["rows"] = benchmark()
-    print("{device}, torch {torch}, Triton {triton}; TFLOP/s, full / causal\n".format(**result) + table(result["rows"]))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1))
+    device, name = ("cuda", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("cpu", "CPU")
+    print(f"{name}, torch {torch.__version__}, {'Triton kernels' if device in KERNEL_DEVICES else 'PyTorch reference'}")
+    torch.manual_seed(0)
+    check(device)
+    if device == "cuda":
+        rows = benchmark()
+        print("\nTFLOP/s, full / causal\n" + table(rows))
+        if args.out:
+            result = dict(device=name, torch=torch.__version__, triton=triton.__version__, rows=rows)
+            args.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

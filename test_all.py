@@ -220,9 +220,10 @@ class FlashSigmoid(unittest.TestCase):
         values = (("q", x[0], "q is.*T, D"), ("q", x.mT.contiguous().mT, "q is.*stride"), ("q", x[..., :8], "D is 8"),
                   ("k", x[:, :, :0], "k is.*empty"), ("k", x[:, :3], "k is.*divisor"), ("v", x[:1], "v is.*alike"),
                   ("k", x.half(), "k is torch.float16.*float32"), ("k", x.to("meta"), "k is.*on meta"),
-                  ("scale", nan, "scale is nan"), ("bias", nan, "bias is nan"), ("bias", one[:3], "bias is.*tensor .4,"),
+                  ("scale", nan, "scale is nan"), ("scale", one[0], "scale is torch.float32"),
+                  ("bias", nan, "bias is nan"), ("bias", one[:3], "bias is.*tensor .4,"),
                   ("k_lens", one.int(), "k_lens is.*tensor .2,"), ("k_lens", one[:2], "k_lens is.*int"),
-                  ("k_lens", 3, "k_lens is 3"), ("scale", one[0], "scale is torch.float32"),
+                  ("k_lens", 3, "k_lens is 3"),
                   ("alibi_slopes", torch.nn.Parameter(one), "alibi_slopes is.*requires_grad"))
         for error, table in ((TypeError, types), (ValueError, values)):
             for argument, value, words in table:
@@ -727,12 +728,13 @@ class Repository(unittest.TestCase):
     """README.md and the files it speaks of."""
     README = (ROOT / "README.md").read_text()
     TABLES = [  # (script, what of results/ its rows come from)
+        (flashsigmoid, "flashsigmoid_h100.json"),
         (sigmoid_gpt, "sigmoid_gpt_compare_rope_cpu.json sigmoid_gpt_compare_alibi_cpu.json"),
         (sigmoid_gpt, "sigmoid_gpt_86m_softmax_1k_h100.json sigmoid_gpt_86m_sigmoid_1k_h100.json "
                       "sigmoid_gpt_86m_sigmoid_8k_h100.json")]
 
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 450, "sigmoid_gpt.py": 420, "byov.py": 480, "nmn_iterated.py": 560,
+        budgets = {"flashsigmoid.py": 550, "sigmoid_gpt.py": 420, "byov.py": 480, "nmn_iterated.py": 560,
                    "hier_iwae.py": 420, "test_all.py": 650}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
