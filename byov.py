@@ -39,15 +39,15 @@ from data.corruptions import CORRUPTIONS, corrupt
 DEFAULTS = {
     "glyphs": dict(encoder="conv", width=16, batch=128, steps=300, lr=0.1, weight_decay=5e-4, prior_std=0.05,
                    samples=16, probe_labels=[300], views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
-    "cifar10": dict(encoder="resnet18", width=64, batch=512, steps=12_000, lr=0.06, weight_decay=2e-3, prior_std=0.005,
-                    samples=32, probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
+    "cifar10": dict(encoder="resnet18", width=64, batch=128, steps=8000, lr=0.1, weight_decay=5e-4, prior_std=0.01,
+                    samples=16, probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
 METHODS, NOISE = ("BYOL", "BYOV", "supervised", "BBB"), "BYOL+noise"
 ARCHITECTURE = "data method encoder width".split()
 RESULT = [*ARCHITECTURE, *"steps batch lr lr_rho weight_decay tau prior_std samples probe_labels corruptions".split()]
-COLUMNS = {"knn_acc": "kNN %", "linear_acc": "linear %", "nll": "NLL / 100", "brier": "Brier / 100", "ece": "ECE %",
+COLUMNS = {"knn_acc": "kNN %", "linear_acc": "linear %", "nll": "NLL", "brier": "Brier %", "ece": "ECE %",
            "ece_scaled": "scaled ECE %", "salt_and_pepper_linear_acc": "salt & pepper: linear %",
-           "salt_and_pepper_brier": "Brier / 100", "salt_and_pepper_ece": "ECE %",
+           "salt_and_pepper_brier": "Brier %", "salt_and_pepper_ece": "ECE %",
            "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"}
 T95 = 0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 97.5 %, for 1 to 10 seeds
 
@@ -228,7 +228,7 @@ def fit_probe(draws, labels):
     x, y = ((draws.float() - mean) / std).flatten(0, 1), labels.repeat(len(draws))
     probe = nn.Linear(x.shape[1], 10, device=x.device)
     nn.init.zeros_(probe.weight)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -300,15 +300,17 @@ def train(args, data, device, autocast, out_dir):
     online, target = make_networks(args, device)
     views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
     if on_gpu:  # CUDA graphs: to launch the kernels may take longer than to run them
+        torch.compiler.reset()
         views_of, terms_of = torch.compile(two_views), torch.compile(loss_terms, mode="reduce-overhead")
     rhos = [layer.rho for layer in bayesian_layers(online)]
-    sources = [p for name, p in online.named_parameters() if not name.endswith("rho")]
-    averages = [*target.parameters()]
-    groups = [dict(params=[p for p in sources if p.dim() > 1], weight_decay=args.weight_decay),
-              dict(params=[p for p in sources if p.dim() == 1], weight_decay=0.0)]
+    named = [(name, p) for name, p in online.named_parameters() if not name.endswith("rho")]
+    sources, averages = [p for _, p in named], [*target.parameters()]
+    groups = [dict(params=[p for name, p in named if (p.dim() > 1, "predictor" in name) == (matrix, quick)],
+                   weight_decay=args.weight_decay * matrix, speed=10 if quick else 1)
+              for matrix, quick in product((False, True), repeat=2)]
     optimizers = [torch.optim.SGD(groups, args.lr, momentum=0.9, fused=on_gpu)]
     if rhos:
-        optimizers.append(torch.optim.Adam(rhos, args.lr_rho, fused=on_gpu))
+        optimizers.append(torch.optim.Adam([dict(params=rhos, speed=1)], args.lr_rho, fused=on_gpu))
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and (path.exists() or not args.compare):
         saved = load_checkpoint(path, device, args)
@@ -329,7 +331,7 @@ def train(args, data, device, autocast, out_dir):
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (args.steps - warmup))
         for optimizer, lr in zip(optimizers, (args.lr, args.lr_rho)):
             for group in optimizer.param_groups:
-                group["lr"] = lr * min((step + 1) / max(1, warmup), cosine)
+                group["lr"] = lr * group["speed"] * min((step + 1) / max(1, warmup), cosine)
         torch.manual_seed(1_000_003 * args.seed + step)  # nothing else decides batch, views, draws: resuming is exact
         batch = torch.randint(len(images), (args.batch,), device=device)
         views = views_of(images[batch], args.views)
@@ -425,13 +427,15 @@ def untrained_noise(args, device, byol, byov):
 
 
 def table(rows):
-    """Markdown: mean ± std over seeds; for a paired difference, mean ± half of its 95 % interval (Student's t)."""
+    """Markdown: mean ± std over seeds; of a paired difference, mean ± half of its 95 % interval (Student's t)."""
     columns = {key: head for key, head in COLUMNS.items() if any(key in row for row in rows)}
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
-        scale = 100 * (T95[row["seeds"] - 1] / row["seeds"] ** 0.5 if " - " in row["name"] else 1)
-        cells = [f"{100 * row[key]:.2f}" + (f" ± {scale * row[key + '_std']:.2f}" if row["seeds"] > 1 else "")
-                 if key in row else "" for key in columns]
+        spread, cells = T95[row["seeds"] - 1] / row["seeds"] ** 0.5 if " - " in row["name"] else 1, []
+        for key, head in columns.items():
+            scale, digits = (100, 2) if "%" in head else (1, 3)
+            cell = f"{scale * row[key]:.{digits}f}" if key in row else ""
+            cells.append(cell + (f" ± {scale * spread * row[key + '_std']:.{digits}f}" if key + "_std" in row else ""))
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -476,7 +480,7 @@ def parse(argv):
     optimisation("--lr", type=float, help="peak learning rate of SGD")
     optimisation("--lr_rho", type=float, default=1e-2, help="peak learning rate of Adam, for rho")
     optimisation("--weight_decay", type=float, help="of matrices; lambda is this * prior_std^2")
-    optimisation("--tau", type=float, default=0.99, help="first share that the target keeps a step; ends at 1")
+    optimisation("--tau", type=float, default=0.97, help="first share that the target keeps a step; ends at 1")
     evaluation = parser.add_argument_group("evaluation").add_argument
     evaluation("--samples", type=int, help="draws of the weights, averaged")
     evaluation("--probe_labels", type=int, nargs="+", help="labels that a probe sees, 0 for all; a probe for each")
