@@ -42,9 +42,9 @@ DEFAULTS = {
     "cifar10": dict(encoder="resnet18", width=64, batch=128, steps=8000, lr=0.1, weight_decay=5e-4, prior_std=0.01,
                     samples=16, probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
-METHODS, NOISE = ("BYOL", "BYOV", "supervised", "BBB"), "BYOL+noise"
-ARCHITECTURE = "data method encoder width".split()
-RESULT = [*ARCHITECTURE, *"steps batch lr lr_rho weight_decay tau prior_std samples probe_labels corruptions".split()]
+ARMS = "BYOL", "BYOV", "BYOL+noise"
+ARCHITECTURE = "data bayes encoder width".split()
+RECIPE = [*ARCHITECTURE, *"steps batch lr weight_decay tau prior_std samples probe_labels corruptions".split()]
 COLUMNS = {"knn_acc": "kNN %", "linear_acc": "linear %", "nll": "NLL", "brier": "Brier %", "ece": "ECE %",
            "ece_scaled": "scaled ECE %", "salt_and_pepper_linear_acc": "salt & pepper: linear %",
            "salt_and_pepper_brier": "Brier %", "salt_and_pepper_ece": "ECE %",
@@ -131,7 +131,7 @@ def make_head(c_in, hidden, c_out):
 
 
 class Network(nn.Module):
-    """BYOL's encoder, projector, predictor, and a linear probe that watches; or an encoder and a classifier."""
+    """Encoder, projector and predictor, and a linear probe that watches."""
 
     def __init__(self, args):
         super().__init__()
@@ -146,19 +146,15 @@ class Network(nn.Module):
         for layer in self.encoder.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out")
-        self.byol = args.method in ("BYOL", "BYOV")
-        if self.byol:
-            self.projector, self.predictor = make_head(8 * C, 16 * C, 256), make_head(256, 16 * C, 256)
-            self.probe = nn.Linear(8 * C, 10)
-        else:
-            self.classifier = nn.Linear(8 * C, 10)
+        self.projector, self.predictor = make_head(8 * C, 16 * C, 256), make_head(256, 16 * C, 256)
+        self.probe = nn.Linear(8 * C, 10)
 
 
 def make_networks(args, device):
     """(online, target): the target starts as a copy, has no posterior and never gets a gradient."""
     online = Network(args).to(device, memory_format=torch.channels_last)
     target = copy.deepcopy(online).requires_grad_(False)
-    if args.method in ("BYOV", "BBB"):
+    if args.bayes:
         make_bayesian(online)
     return online, target
 
@@ -166,31 +162,26 @@ def make_networks(args, device):
 # -------- Loss
 
 def loss_terms(online, target, views, labels, prior_std):
-    """(loss, loss of the probe, KL, embedding (2B, D)) for views (2B, 3, 32, 32): the first of every image, then the
-    second. BYOL's loss, from 0 to 8, is the sum of both directions and the mean over images."""
-    h, labels, kl = online.encoder(views), labels.repeat(2), kl_divergence(online, prior_std)   # h (2B, 8 width)
-    if not online.byol:
-        return F.cross_entropy(online.classifier(h).float(), labels), 0.0, kl, h.detach().float()
-    z = online.projector(h)                                                                     # (2B, 256)
+    """(BYOL's loss, the probe's, KL, embedding (2B, 256)) of views (2B, 3, 32, 32): first all first views, then the others.
+    BYOL's loss, from 0 to 8, is the sum of both directions and the mean over images."""
+    h = online.encoder(views)                                                               # (2B, 8 width)
+    z = online.projector(h)                                                                 # (2B, 256)
     with torch.no_grad():
         t = target.projector(target.encoder(views)).roll(len(z) // 2, 0)  # each row that of the other view
     cosine = F.cosine_similarity(online.predictor(z).float(), t.float())
-    probe = F.cross_entropy(online.probe(h.detach()).float(), labels)
-    return 4 - 4 * cosine.mean(), probe, kl, z.detach().float()
+    probe = F.cross_entropy(online.probe(h.detach()).float(), labels.repeat(2))
+    return 4 - 4 * cosine.mean(), probe, kl_divergence(online, prior_std), z.detach().float()
 
 
 # -------- Evaluation. N images, S draws of the weights, K classes; probs (N, K).
 
 def measure(probs, labels):
-    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE of the largest probability, 15 bins of equal
-    width, and of equal mass."""
+    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE of the largest probability, 15 equal bins."""
     (N, K), (confidence, guess) = probs.shape, probs.max(1)
-    right = (guess == labels).float()
-    bins = dict(ece=(15 * confidence).long().clamp(max=14), ece_adaptive=confidence.argsort().argsort() * 15 // N)
-    gaps = {name: torch.zeros(15, device=b.device).index_add(0, b, right - confidence) / N for name, b in bins.items()}
-    found = dict(linear_acc=right.mean(), nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels),
-                 brier=(probs - F.one_hot(labels, K)).square().sum(1).mean())
-    return {key: x.item() for key, x in (found | {name: gap.abs().sum() for name, gap in gaps.items()}).items()}
+    right, bins = (guess == labels).float(), (15 * confidence).long().clamp(max=14)
+    gaps = torch.zeros(15, device=probs.device).index_add(0, bins, right - confidence) / N
+    return dict(linear_acc=right.mean().item(), nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels).item(),
+                brier=(probs - F.one_hot(labels, K)).square().sum(1).mean().item(), ece=gaps.abs().sum().item())
 
 
 def temperature_scale(probs, val_probs, val_labels):
@@ -242,26 +233,21 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """Metrics on test: of kNN, and of probes fitted to train, averaged over S draws of the weights. Their names:
-    [LABELS_labels_][CORRUPTION_[SEVERITY_]]METRIC, and then _scaled (the temperature fits val), _mean_weights, _S_draws."""
+    """Metrics on test: of kNN, and of probes fitted to train, averaged over S draws of the weights. Their names are
+    [COUNT_labels_][CORRUPTION_[SEVERITY_]]METRIC[_scaled, by the temperature that fits val, or _mean_weights]."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
-    seeds = range(args.seed, args.seed + args.samples) if bayesian_layers(net) else [None]
+    seeds = range(args.seed, args.seed + args.samples) if args.bayes else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
     metrics, heads = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)), {}
-    if net.byol:
-        h = features(net, train_x, autocast, seeds[:4])
-        for n in args.probe_labels:
-            heads[f"{n}_labels_" if heads else ""] = fit_probe(h[:, :n or None], train_y[:n or None])
-    else:
-        heads[""] = lambda h: net.classifier(h.float())
-    val_h = features(net, val_x, autocast, seeds)
+    train_h, val_h = features(net, train_x, autocast, seeds[:4]), features(net, val_x, autocast, seeds)
+    for n in args.probe_labels:
+        heads[f"{n}_labels_" if heads else ""] = fit_probe(train_h[:, :n or None], train_y[:n or None])
     for name, i in [("", 0), *product(args.corruptions, range(1, 6))]:
         h = features(net, corrupt(test_x, name, i) if i else test_x, autocast, seeds)
         for prefix, head in heads.items():
-            samples, val = (torch.stack([head(one).softmax(-1) for one in some]) for some in (h, val_h))    # (S, N, K)
-            found = {"": samples.mean(0), "_scaled": temperature_scale(samples.mean(0), val.mean(0), val_y)}
+            probs, val = (torch.stack([head(one).softmax(-1) for one in some]).mean(0) for some in (h, val_h))  # (N, K)
+            found = {"": probs, "_scaled": temperature_scale(probs, val, val_y)}
             if i == 0:
-                found |= {f"_{s}_draws": samples[:s].mean(0) for s in (1, 4, 8, 16) if s < len(seeds)}
                 found["_mean_weights"] = head(queries).softmax(-1)
             prefix += f"{name}_{i}_" if i else ""
             for suffix, probs in found.items():
@@ -280,12 +266,12 @@ def save_checkpoint(path, state):
     part.replace(path)
 
 
-def load_checkpoint(path, device, args=None):
+def load_checkpoint(path, device, args):
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
     state = torch.load(path, map_location=device, weights_only=True)
     differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
-                 if args and state["args"][name] != getattr(args, name)]
+                 if state["args"][name] != getattr(args, name)]
     if differing:
         fail(f"--resume: {path} is another architecture: {'; '.join(differing)}")
     return state
@@ -295,7 +281,7 @@ def train(args, data, device, autocast, out_dir):
     """Train one network on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, metrics).
 
     Ctrl-C saves and exits; an embedding that has collapsed stops the run."""
-    first, path, (images, labels) = 0, out_dir / "checkpoint.pt", data["train"]
+    first, metrics, path, (images, labels) = 0, dict(seconds=0.0), out_dir / "checkpoint.pt", data["train"]
     torch.manual_seed(args.seed)
     online, target = make_networks(args, device)
     views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
@@ -310,11 +296,11 @@ def train(args, data, device, autocast, out_dir):
               for matrix, quick in product((False, True), repeat=2)]
     optimizers = [torch.optim.SGD(groups, args.lr, momentum=0.9, fused=on_gpu)]
     if rhos:
-        optimizers.append(torch.optim.Adam([dict(params=rhos, speed=1)], args.lr_rho, fused=on_gpu))
+        optimizers.append(torch.optim.Adam([dict(params=rhos, speed=0.01 / args.lr)], fused=on_gpu))  # peak 0.01
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and (path.exists() or not args.compare):
         saved = load_checkpoint(path, device, args)
-        first = saved["step"]
+        first, metrics = saved["step"], saved["metrics"]
         if first > args.steps:
             fail(f"--resume: {out_dir} is at step {first}; allowed: --steps {first} or more")
         for name, part in parts.items():
@@ -324,14 +310,13 @@ def train(args, data, device, autocast, out_dir):
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    began, clock, counted, tick = time.time(), 0.0, 0, None  # the clock leaves out compilation and evaluation
+    began, clock, counted, tick = time.time() - metrics["seconds"], 0.0, 0, None  # the clock leaves out compilation
     bar = tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1)
     for step in range(first, args.steps):
         warmup = args.steps // 10  # then a cosine to zero
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (args.steps - warmup))
-        for optimizer, lr in zip(optimizers, (args.lr, args.lr_rho)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["speed"] * min((step + 1) / max(1, warmup), cosine)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = args.lr * group["speed"] * min((step + 1) / max(1, warmup), cosine)
         torch.manual_seed(1_000_003 * args.seed + step)  # nothing else decides batch, views, draws: resuming is exact
         batch = torch.randint(len(images), (args.batch,), device=device)
         views = views_of(images[batch], args.views)
@@ -361,14 +346,15 @@ def train(args, data, device, autocast, out_dir):
             share = torch.linalg.svdvals(queries.float() - queries.float().mean(0)).square()
             share = share / share.sum()
             ratios = [F.softplus(layer.rho).mean() / layer.weight.std() for layer in bayesian_layers(online)]
-            record = dict(step=step + 1, fit=fit.item(), probe=float(probe), kl=float(kl), spread=spread,
+            record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=float(kl), spread=spread,
                           sigma_over_mu=sum(ratios).item() / len(ratios) if ratios else 0.0,
                           effective_rank=torch.special.entr(share).sum().exp().item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+            metrics = dict(seconds=time.time() - began, images_per_s=counted * args.batch / max(clock, 1e-9))
             save_checkpoint(path, dict({name: part.state_dict() for name, part in parts.items()}, args=vars(args),
-                                       step=step + 1))
+                                       step=step + 1, metrics=metrics))
             tick = None
             if spread < 0.1:
                 bar.close()
@@ -379,7 +365,7 @@ def train(args, data, device, autocast, out_dir):
             fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
     bar.close()
     signal.signal(signal.SIGINT, previous)
-    return online, dict(seconds=time.time() - began, images_per_s=counted * args.batch / max(clock, 1e-9))
+    return online, metrics
 
 
 # -------- The paper's claims
@@ -388,23 +374,23 @@ def compare(args, data, device, autocast, out_dir):
     """Rows: mean and std of each arm's metrics, for equal seeds, data and budget, and of BYOV's paired differences."""
     runs = {name: [] for name in args.arms}
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.arms):
-        arm = argparse.Namespace(**vars(args) | dict(method="BYOV" if name == NOISE else name, seed=seed))
+        arm = argparse.Namespace(**vars(args) | dict(bayes=name != "BYOL", seed=seed))
         folder, byol, byov = (out_dir / f"{which}_seed_{seed}" for which in (name, "BYOL", "BYOV"))
-        path, flags = folder / "metrics.json", {key: vars(arm)[key] for key in RESULT}
+        path, recipe = folder / "metrics.json", {key: vars(arm)[key] for key in RECIPE}
         run = json.loads(path.read_text()) if args.resume and path.exists() else {}
-        if run.get("flags") != flags:
-            if name == NOISE:
+        if run.get("recipe") != recipe:
+            if name == "BYOL+noise":
                 net, metrics = untrained_noise(arm, device, byol, byov), {}
             else:
                 net, metrics = train(arm, data, device, autocast, folder)
-            run = dict(flags=flags, metrics=metrics | evaluate(net, data, arm, autocast))
+            run = dict(recipe=recipe, metrics=metrics | evaluate(net, data, arm, autocast))
             folder.mkdir(exist_ok=True)
             path.write_text(json.dumps(run))
         runs[name].append(run["metrics"])
-    for name in ("BYOL", NOISE):
-        if {"BYOV", name} <= set(args.arms):
-            runs[f"BYOV - {name}"] = [{key: ours[key] - theirs[key] for key in ours if key in theirs}
-                                      for ours, theirs in zip(runs["BYOV"], runs[name])]
+    for name in ("BYOL", "BYOL+noise"):
+        if {name, "BYOV"} <= runs.keys():
+            pairs = zip(runs["BYOV"], runs[name])
+            runs[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
     rows = []
     for name, some in runs.items():
         values = {key: torch.tensor([run[key] for run in some], dtype=torch.float64) for key in some[0]}
@@ -417,12 +403,12 @@ def compare(args, data, device, autocast, out_dir):
 def untrained_noise(args, device, byol, byov):
     """BYOL's network, with noise in each layer of the size, relative to its weights, that BYOV learned there."""
     net, _ = make_networks(args, device)
-    net.load_state_dict(load_checkpoint(byov / "checkpoint.pt", device)["online"])
-    sigmas = [F.softplus(layer.rho).square().mean().sqrt() for layer in bayesian_layers(net)]
-    sizes = [(sigma / layer.weight.std()).item() for sigma, layer in zip(sigmas, bayesian_layers(net))]
-    net.load_state_dict(load_checkpoint(byol / "checkpoint.pt", device)["online"], strict=False)
+    states = [torch.load(run / "checkpoint.pt", device, weights_only=True)["online"] for run in (byov, byol)]
+    net.load_state_dict(states[0])
+    sizes = [F.softplus(layer.rho).square().mean().sqrt() / layer.weight.std() for layer in bayesian_layers(net)]
+    net.load_state_dict(states[1], strict=False)
     for layer, size in zip(bayesian_layers(net), sizes):
-        set_sigma(layer, size)
+        set_sigma(layer, size.detach())
     return net
 
 
@@ -470,7 +456,7 @@ def parse(argv):
     data = parser.add_argument_group("data").add_argument
     data("--data", choices=tuple(DEFAULTS), default="glyphs" if there[0] == "cpu" else "cifar10", help="images")
     model = parser.add_argument_group("model").add_argument
-    model("--method", choices=METHODS, default="BYOV", help="BYOL and supervised have no posterior")
+    model("--bayes", action=argparse.BooleanOptionalAction, default=True, help="BYOV; without it, BYOL")
     model("--encoder", choices=("resnet18", "conv"), help="for 3 x 32 x 32")
     model("--width", type=int, help="channels of the first layer; an encoder gives 8 times as many")
     model("--prior_std", type=float, help="of the prior, and the most that sigma grows to")
@@ -478,7 +464,6 @@ def parse(argv):
     optimisation("--steps", type=int, help="optimiser steps of a run")
     optimisation("--batch", type=int, help="images a step")
     optimisation("--lr", type=float, help="peak learning rate of SGD")
-    optimisation("--lr_rho", type=float, default=1e-2, help="peak learning rate of Adam, for rho")
     optimisation("--weight_decay", type=float, help="of matrices; lambda is this * prior_std^2")
     optimisation("--tau", type=float, default=0.97, help="first share that the target keeps a step; ends at 1")
     evaluation = parser.add_argument_group("evaluation").add_argument
@@ -494,19 +479,19 @@ def parse(argv):
     run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit; or from each run's")
     run("--eval_interval", type=int, default=500, help="steps between evaluations, each with a checkpoint")
     run("--compare", action="store_true", help="all --arms, in one table")
-    run("--arms", nargs="+", choices=(*METHODS, NOISE), default=["BYOL", "BYOV", NOISE], help="with --compare")
+    run("--arms", nargs="+", choices=ARMS, default=ARMS, help="with --compare")
     run("--device", choices=there, default=there[0], help="of what this machine has")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data])
     args = parser.parse_args(argv)
-    lowest = dict(width=1, prior_std=1e-6, steps=1, batch=2, lr=0, lr_rho=0, weight_decay=0, tau=0, samples=1, seeds=1,
-                  seed=0, eval_interval=1)
+    lowest = dict(width=1, prior_std=1e-6, steps=1, batch=2, lr=1e-9, weight_decay=0, tau=0, samples=1, seeds=1, seed=0,
+                  eval_interval=1)
     for wrong, message in (
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
             (args.tau > 1, f"--tau {args.tau}; allowed: up to 1"),
             (args.seeds > 10, f"--seeds {args.seeds}; allowed: up to 10"),
             (min(args.probe_labels) < 0, f"--probe_labels {args.probe_labels}; allowed: 0 or more"),
-            (NOISE in args.arms and not {"BYOL", "BYOV"} <= set(args.arms), f"--arms {NOISE} needs BYOL and BYOV"),
+            ("BYOL+noise" in args.arms and len({*args.arms}) < 3, "--arms BYOL+noise; allowed: after BYOL and BYOV"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
@@ -522,7 +507,7 @@ def main(argv=None):
     try:
         data, dataset = load_images(args.data)
     except (OSError, ValueError) as error:
-        given = sys.argv[1:] if argv is None else [*argv]
+        given = sys.argv[1:] if argv is None else argv
         if "--data" in given or isinstance(error, ValueError):
             fail(f"--data {args.data}: {error}")
         print(f"CIFAR-10: no download ({error.__cause__}), so --data glyphs, drawn digits")
@@ -540,7 +525,7 @@ def main(argv=None):
     else:
         net, metrics = train(args, data, device, autocast, out_dir)
         result = metrics | evaluate(net, data, args, autocast)
-        rows = [dict(result, name=args.method, seeds=1)]
+        rows = [dict(result, name="BYOV" if args.bayes else "BYOL", seeds=1)]
     print(table(rows))
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
