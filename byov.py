@@ -13,8 +13,8 @@ lambda = weight_decay * prior_std^2 makes its gradient on mu plain weight decay,
     python byov.py                trains BYOV, then measures a linear probe, on clean and corrupted images
     python byov.py --compare      BYOL, BYOV, and BYOL with untrained noise of equal size on its weights
 
-On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only the abstract was known: the rest is our choice.
-Both views are one batch: batch norm sees them together, and they share a draw of the convolutions' weights.
+On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abstract was known: the rest is our choice,
+such as to pass both views as one batch, which share batch norm's statistics and the draw of convolutions.
 """
 import argparse
 import copy
@@ -79,9 +79,9 @@ def bayesian_layers(net):
 
 
 def set_sigma(layer, ratio):
-    """rho such that softplus(rho), sigma, is ratio times the standard deviation of the layer's weights."""
+    """A new rho: softplus(rho), sigma, is ratio times the standard deviation of the layer's weights."""
     sigma = ratio * layer.weight.detach().std()
-    layer.rho.data.fill_(sigma + torch.log(-torch.expm1(-sigma)))
+    layer.rho = nn.Parameter(torch.ones_like(layer.weight) * (sigma + torch.log(-torch.expm1(-sigma))))
 
 
 def make_bayesian(net):
@@ -89,7 +89,6 @@ def make_bayesian(net):
     for name, layer in net.named_modules():
         if name != "probe" and type(layer) in (nn.Conv2d, nn.Linear):
             layer.__class__ = BayesConv2d if type(layer) is nn.Conv2d else BayesLinear
-            layer.rho = nn.Parameter(torch.empty_like(layer.weight))
             set_sigma(layer, 0.02)
 
 
@@ -162,8 +161,8 @@ def make_networks(args, device):
 # -------- Loss
 
 def loss_terms(online, target, views, labels, prior_std):
-    """(BYOL's loss, the probe's, KL, embedding (2B, 256)) of views (2B, 3, 32, 32): first all first views, then the others.
-    BYOL's loss, from 0 to 8, is the sum of both directions and the mean over images."""
+    """(BYOL's loss, the probe's, KL, embedding (2B, 256)) of views (2B, 3, 32, 32), first all first views; BYOL's loss,
+    from 0 to 8, is the sum of both directions and the mean over images."""
     h = online.encoder(views)                                                               # (2B, 8 width)
     z = online.projector(h)                                                                 # (2B, 256)
     with torch.no_grad():
@@ -234,20 +233,21 @@ def fit_probe(draws, labels):
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
     """Metrics on test: of kNN, and of probes fitted to train, averaged over S draws of the weights. Their names are
-    [COUNT_labels_][CORRUPTION_[SEVERITY_]]METRIC[_scaled, by the temperature that fits val, or _mean_weights]."""
+    [COUNT_labels_][CORRUPTION_[SEVERITY_]]METRIC[_scaled by the temperature for val, _S_draws, _mean_weights]."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if args.bayes else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
     metrics, heads = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)), {}
-    train_h, val_h = features(net, train_x, autocast, seeds[:4]), features(net, val_x, autocast, seeds)
+    train_h, val_h = (features(net, images, autocast, seeds) for images in (train_x, val_x))
     for n in args.probe_labels:
         heads[f"{n}_labels_" if heads else ""] = fit_probe(train_h[:, :n or None], train_y[:n or None])
     for name, i in [("", 0), *product(args.corruptions, range(1, 6))]:
         h = features(net, corrupt(test_x, name, i) if i else test_x, autocast, seeds)
         for prefix, head in heads.items():
-            probs, val = (torch.stack([head(one).softmax(-1) for one in some]).mean(0) for some in (h, val_h))  # (N, K)
-            found = {"": probs, "_scaled": temperature_scale(probs, val, val_y)}
+            draws, val = (torch.stack([head(one).softmax(-1) for one in some]) for some in (h, val_h))  # (S, N, K)
+            found = {"": draws.mean(0), "_scaled": temperature_scale(draws.mean(0), val.mean(0), val_y)}
             if i == 0:
+                found |= {f"_{s}_draws": draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
                 found["_mean_weights"] = head(queries).softmax(-1)
             prefix += f"{name}_{i}_" if i else ""
             for suffix, probs in found.items():
@@ -278,9 +278,7 @@ def load_checkpoint(path, device, args):
 
 
 def train(args, data, device, autocast, out_dir):
-    """Train one network on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, metrics).
-
-    Ctrl-C saves and exits; an embedding that has collapsed stops the run."""
+    """Train on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, metrics)."""
     first, metrics, path, (images, labels) = 0, dict(seconds=0.0), out_dir / "checkpoint.pt", data["train"]
     torch.manual_seed(args.seed)
     online, target = make_networks(args, device)
@@ -310,7 +308,7 @@ def train(args, data, device, autocast, out_dir):
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    began, clock, counted, tick = time.time() - metrics["seconds"], 0.0, 0, None  # the clock leaves out compilation
+    began, clock, counted, tick, trouble = time.time() - metrics["seconds"], 0.0, 0, None, None
     bar = tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1)
     for step in range(first, args.steps):
         warmup = args.steps // 10  # then a cosine to zero
@@ -331,22 +329,24 @@ def train(args, data, device, autocast, out_dir):
         with torch.no_grad():  # target <- tau target + (1 - tau) online, and tau rises to 1
             torch._foreach_lerp_(averages, sources, (1 - args.tau) * (1 + math.cos(math.pi * step / args.steps)) / 2)
         bar.update()
-        due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or bool(stop)
+        due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
         if due or (step + 1) % 10 == 0:
-            if not math.isfinite(loss.item()):  # waits for the device, so that the clock tells the truth
-                bar.close()
-                fail(f"loss {loss.item()} at step {step}, learning rate {optimizers[0].param_groups[0]['lr']:.2e}", 1)
-            if tick:
+            spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
+            bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
+            if tick:  # .item() has waited for the device, so that the clock tells the truth
                 clock, counted = clock + time.time() - tick[0], counted + step - tick[1]
             tick = time.time(), step
-            spread = F.normalize(embedding).std(0).mean().item() * embedding.shape[1] ** 0.5  # healthy: near 1
-            bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
+            if not math.isfinite(loss.item()):
+                trouble = f"loss {loss.item()} at step {step}, learning rate {group['lr']:.2e}", 1
+            elif spread < 0.1:
+                trouble = (f"step {step + 1}: the embedding has collapsed: {spread:.3f} of the std of a healthy one\n"
+                           "HINT: a smaller --lr, a larger --tau or a smaller --prior_std"), 1
         if due:
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
             share = torch.linalg.svdvals(queries.float() - queries.float().mean(0)).square()
             share = share / share.sum()
             ratios = [F.softplus(layer.rho).mean() / layer.weight.std() for layer in bayesian_layers(online)]
-            record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=float(kl), spread=spread,
+            record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(), spread=spread,
                           sigma_over_mu=sum(ratios).item() / len(ratios) if ratios else 0.0,
                           effective_rank=torch.special.entr(share).sum().exp().item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
@@ -356,13 +356,11 @@ def train(args, data, device, autocast, out_dir):
             save_checkpoint(path, dict({name: part.state_dict() for name, part in parts.items()}, args=vars(args),
                                        step=step + 1, metrics=metrics))
             tick = None
-            if spread < 0.1:
-                bar.close()
-                fail(f"step {step + 1}: the embedding has collapsed, a dimension has {spread:.3f} of the std of a "
-                     "healthy one\nHINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
-        if stop:
+            if stop:
+                trouble = f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130
+        if trouble:
             bar.close()
-            fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
+            fail(*trouble)
     bar.close()
     signal.signal(signal.SIGINT, previous)
     return online, metrics
@@ -474,7 +472,7 @@ def parse(argv):
     run = parser.add_argument_group("run").add_argument
     run("--seeds", type=int, default=1, help="with --compare: runs an arm, up to 10")
     run("--seed", type=int, default=1337, help="of weights, batches, views and draws")
-    run("--plot", metavar="FILE.png", help="draw ECE and reliability")
+    run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity")
     run("--out_dir", default="out/byov", help="for checkpoint.pt, log.jsonl, metrics.json")
     run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit; or from each run's")
     run("--eval_interval", type=int, default=500, help="steps between evaluations, each with a checkpoint")
@@ -488,8 +486,7 @@ def parse(argv):
     for wrong, message in (
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
-            (args.tau > 1, f"--tau {args.tau}; allowed: up to 1"),
-            (args.seeds > 10, f"--seeds {args.seeds}; allowed: up to 10"),
+            (args.tau > 1 or args.seeds > 10, f"--tau {args.tau} --seeds {args.seeds}; allowed: up to 1, up to 10"),
             (min(args.probe_labels) < 0, f"--probe_labels {args.probe_labels}; allowed: 0 or more"),
             ("BYOL+noise" in args.arms and len({*args.arms}) < 3, "--arms BYOL+noise; allowed: after BYOL and BYOV"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),

@@ -696,6 +696,11 @@ class BYOV(unittest.TestCase):
             weak, strong = ((byov.corrupt(self.images, name, i).float() - self.images).square().mean() for i in (1, 5))
             self.assertTrue(0 < weak < strong, name)
 
+    def test_readme(self):
+        for name in ("h100", "cpu"):
+            rows = json.loads((ROOT / f"results/byov_compare_{name}.json").read_text())["rows"]
+            self.assertIn(byov.table(rows), (ROOT / "README.md").read_text())
+
     def test_runs(self):
         """Resume to the bit and measured alike; --compare, also resumed; collapse; bad flags; a broken CIFAR-10."""
         save, grey, flags = byov.save_checkpoint, torch.ones(8, 4), [*SMALL, "--out_dir", self.out]
