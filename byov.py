@@ -103,10 +103,8 @@ def draw(net, seed=None):
     """Fix the weights of evaluation: one draw from q, the same for every image; with no seed, the means."""
     generator = torch.Generator(next(net.parameters()).device).manual_seed(seed or 0)
     for layer in bayesian_layers(net):
-        layer.drawn = layer.weight.detach()
-        if seed is not None:
-            eps = torch.randn(layer.rho.shape, generator=generator, device=layer.rho.device)
-            layer.drawn = layer.weight + F.softplus(layer.rho) * eps
+        eps = 0.0 if seed is None else torch.randn(layer.rho.shape, generator=generator, device=layer.rho.device)
+        layer.drawn = layer.weight + F.softplus(layer.rho) * eps
 
 
 # -------- Model. B batch, C channels; an encoder maps (B, 3, 32, 32) to (B, 8 width).
@@ -346,8 +344,8 @@ def train(args, data, device, autocast, out_dir):
             share = torch.linalg.svdvals(queries.float() - queries.float().mean(0)).square()
             share = share / share.sum()
             ratios = [F.softplus(layer.rho).mean() / layer.weight.std() for layer in bayesian_layers(online)]
-            record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(), spread=spread,
-                          sigma_over_mu=sum(ratios).item() / len(ratios) if ratios else 0.0,
+            record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(),
+                          spread=spread, sigma_over_mu=sum(ratios).item() / len(ratios) if ratios else 0.0,
                           effective_rank=torch.special.entr(share).sum().exp().item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")

@@ -45,7 +45,7 @@ def normalise(x):
 
 
 def two_views(images, choices):
-    """images (B, 3, S, S) uint8 -> (2B, 3, S, S), normalised: all first views, then the second; only these solarised."""
+    """images (B, 3, S, S) uint8 -> (2B, 3, S, S), normalised: first views, then second; only these solarised."""
     return normalise(torch.cat([augment(images, **choices, solarised=share) for share in (0.0, 0.2)]))
 
 
