@@ -7,13 +7,14 @@ every weight and learns its mean and its width. BYOV does both at once:
 
     w ~ q = N(mu, softplus(rho)^2)      loss = 2 - 2 cos(p1, t2) + 2 - 2 cos(p2, t1) + lambda KL(q || N(0, prior_std^2))
 
-p1 and p2 come from two draws of the online weights, t1 and t2 from the target, an average of mu. The KL is a sum over
-weights; lambda = weight_decay * prior_std^2 makes its gradient on mu plain weight decay, and mu gets no other.
+p1 and p2 come from drawn online weights, t1 and t2 from the target, an average of mu. The KL is a sum over weights;
+lambda = weight_decay * prior_std^2 makes its gradient on mu plain weight decay, which the optimiser does, as for BYOL.
 
     python byov.py                trains BYOV, then measures a linear probe, on clean and corrupted images
-    python byov.py --compare      BYOL, BYOV, supervised, BBB; controls: BYOL with untrained noise, BYOL ensemble
+    python byov.py --compare      BYOL, BYOV, and BYOL with untrained noise of equal size on its weights
 
-On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only the abstract was known: the rest is our choice.
+On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abstract was known: the rest is our choice,
+such as to pass both views as one batch, which share batch norm's statistics and the draw of convolutions.
 """
 import argparse
 import copy
@@ -23,6 +24,7 @@ import math
 import signal
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,23 +32,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.augment import augment
-from data.cifar10 import load_cifar10
+from data.augment import normalise, two_views
+from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, corrupt
-from data.glyphs import load_glyphs
 
 DEFAULTS = {
-    "glyphs": dict(encoder="conv", width=16, hidden=256, batch=128, steps=300, lr=0.1, weight_decay=5e-4, samples=16,
-                   prior_std=0.05, probe_labels=300, corruptions=["salt_and_pepper"],
-                   views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
-    "cifar10": dict(encoder="resnet18", width=64, hidden=1024, batch=512, steps=15600, lr=0.06, weight_decay=2e-3,
-                    samples=32, prior_std=0.005, probe_labels=0,
-                    corruptions=[*CORRUPTIONS], views=dict(crop=0.08, flip=0.5, hue=0.1, grey=0.2)),
+    "glyphs": dict(encoder="conv", width=16, batch=128, steps=300, lr=0.1, weight_decay=5e-4, prior_std=0.05,
+                   samples=16, probe_labels=[300], views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
+    "cifar10": dict(encoder="resnet18", width=64, batch=128, steps=8000, lr=0.1, weight_decay=5e-4, prior_std=0.01,
+                    samples=16, probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
-ARMS = {"BYOL": ("byol", False), "BYOV": ("byol", True), "supervised": ("supervised", False),
-        "BBB": ("supervised", True)}
-ARCHITECTURE = "data encoder width hidden objective bayes".split()
-COLUMNS = "knn_acc linear_acc nll brier ece ece_scaled salt_and_pepper_ece salt_and_pepper_brier".split()
+ARMS = "BYOL", "BYOV", "BYOL+noise"
+ARCHITECTURE = "data bayes encoder width".split()
+RECIPE = [*ARCHITECTURE, *"steps batch lr weight_decay tau prior_std samples probe_labels corruptions".split()]
+COLUMNS = {"knn_acc": "kNN %", "linear_acc": "linear %", "nll": "NLL", "brier": "Brier %", "ece": "ECE %",
+           "ece_scaled": "scaled ECE %", "salt_and_pepper_linear_acc": "salt & pepper: linear %",
+           "salt_and_pepper_brier": "Brier %", "salt_and_pepper_ece": "ECE %",
+           "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"}
+T95 = 0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 97.5 %, for 1 to 10 seeds
 
 
 # -------- Bayesian layers: every weight has its own N(weight, softplus(rho)^2); biases and norms are plain.
@@ -71,31 +74,28 @@ class BayesLinear(nn.Linear):
         return mean + variance.clamp(min=1e-20).sqrt() * torch.randn_like(mean)
 
 
-def set_sigma(layer, sigma):
-    """rho such that softplus(rho) = sigma, a scalar tensor."""
-    layer.rho.data.fill_(sigma + torch.log(-torch.expm1(-sigma)))
-
-
-def make_bayesian(net, alpha, skip=""):
-    """In place, each convolution and linear layer of net but `skip` gets sigma = alpha * the std of its weights."""
-    for name, layer in net.named_modules():
-        if name != skip and type(layer) in (nn.Conv2d, nn.Linear):
-            layer.__class__ = BayesConv2d if type(layer) is nn.Conv2d else BayesLinear
-            layer.rho = nn.Parameter(torch.empty_like(layer.weight))
-            set_sigma(layer, alpha * layer.weight.detach().std())
-
-
 def bayesian_layers(net):
     return [layer for layer in net.modules() if hasattr(layer, "rho")]
 
 
+def set_sigma(layer, ratio):
+    """A new rho: softplus(rho), sigma, is ratio times the standard deviation of the layer's weights."""
+    sigma = ratio * layer.weight.detach().std()
+    layer.rho = nn.Parameter(torch.ones_like(layer.weight) * (sigma + torch.log(-torch.expm1(-sigma))))
+
+
+def make_bayesian(net):
+    """In place, each convolution and linear layer but BYOL's probe; sigma begins as a fiftieth of the weights."""
+    for name, layer in net.named_modules():
+        if name != "probe" and type(layer) in (nn.Conv2d, nn.Linear):
+            layer.__class__ = BayesConv2d if type(layer) is nn.Conv2d else BayesLinear
+            set_sigma(layer, 0.02)
+
+
 def kl_divergence(net, prior_std):
-    """KL(q || N(0, prior_std^2)) in nats, a scalar: the sum over all Bayesian weights, in closed form."""
-    total = 0.0
-    for layer in bayesian_layers(net):
-        ratio = F.softplus(layer.rho) / prior_std
-        total = total + (ratio.square() / 2 + (layer.weight / prior_std).square() / 2 - ratio.log() - 0.5).sum()
-    return total
+    """KL(q || N(0, prior_std^2)) in nats, the sum over all Bayesian weights; no gradient on mu but weight decay."""
+    pairs = [(F.softplus(layer.rho) / prior_std, layer.weight.detach() / prior_std) for layer in bayesian_layers(net)]
+    return sum((sigma.square() / 2 + mu.square() / 2 - sigma.log() - 0.5).sum() for sigma, mu in pairs)
 
 
 @torch.no_grad()
@@ -103,10 +103,8 @@ def draw(net, seed=None):
     """Fix the weights of evaluation: one draw from q, the same for every image; with no seed, the means."""
     generator = torch.Generator(next(net.parameters()).device).manual_seed(seed or 0)
     for layer in bayesian_layers(net):
-        layer.drawn = layer.weight.detach()
-        if seed is not None:
-            eps = torch.randn(layer.rho.shape, generator=generator, device=layer.rho.device)
-            layer.drawn = layer.weight + F.softplus(layer.rho) * eps
+        eps = 0.0 if seed is None else torch.randn(layer.rho.shape, generator=generator, device=layer.rho.device)
+        layer.drawn = layer.weight + F.softplus(layer.rho) * eps
 
 
 # -------- Model. B batch, C channels; an encoder maps (B, 3, 32, 32) to (B, 8 width).
@@ -130,7 +128,7 @@ def make_head(c_in, hidden, c_out):
 
 
 class Network(nn.Module):
-    """Encoder, projector, predictor, and a classifier: a probe that watches BYOL train, or what supervision trains."""
+    """Encoder, projector and predictor, and a linear probe that watches."""
 
     def __init__(self, args):
         super().__init__()
@@ -145,9 +143,8 @@ class Network(nn.Module):
         for layer in self.encoder.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out")
-        self.classifier = nn.Linear(8 * C, 10)
-        if args.objective == "byol":
-            self.projector, self.predictor = make_head(8 * C, args.hidden, 256), make_head(256, args.hidden, 256)
+        self.projector, self.predictor = make_head(8 * C, 16 * C, 256), make_head(256, 16 * C, 256)
+        self.probe = nn.Linear(8 * C, 10)
 
 
 def make_networks(args, device):
@@ -155,54 +152,33 @@ def make_networks(args, device):
     online = Network(args).to(device, memory_format=torch.channels_last)
     target = copy.deepcopy(online).requires_grad_(False)
     if args.bayes:
-        make_bayesian(online, args.alpha, skip="classifier" if args.objective == "byol" else "")
+        make_bayesian(online)
     return online, target
-
-
-def normalise(x):
-    """Images in [0, 1] to about mean 0 and std 1."""
-    return ((x - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
 
 
 # -------- Loss
 
-def loss_terms(online, target, view1, view2, labels):
-    """(loss, loss of the watching probe, embedding (B, D)). BYOL's loss: 0 to 8, both directions summed, the mean over
-    the batch. Without a projector, cross-entropy of view 1."""
-    h1 = online.encoder(view1)                                                              # (B, 8 width)
-    if not hasattr(online, "projector"):
-        return F.cross_entropy(online.classifier(h1).float(), labels), h1.new_zeros(()), h1.detach().float()
-    z1, z2 = online.projector(h1), online.projector(online.encoder(view2))                  # (B, 256)
+def loss_terms(online, target, views, labels, prior_std):
+    """(BYOL's loss, the probe's, KL, embedding (2B, 256)) of views (2B, 3, 32, 32), first all first views; BYOL's loss,
+    from 0 to 8, is the sum of both directions and the mean over images."""
+    h = online.encoder(views)                                                               # (2B, 8 width)
+    z = online.projector(h)                                                                 # (2B, 256)
     with torch.no_grad():
-        t1, t2 = (target.projector(target.encoder(view)) for view in (view1, view2))
-    cos1, cos2 = (F.cosine_similarity(online.predictor(z).float(), t.float()) for z, t in ((z1, t2), (z2, t1)))
-    probe = F.cross_entropy(online.classifier(h1.detach()).float(), labels)
-    return (4 - 2 * cos1 - 2 * cos2).mean(), probe, z1.detach().float()
-
-
-@torch.no_grad()
-def update_target(online, target, tau):
-    """target <- tau target + (1 - tau) online for every parameter, mu where there is a posterior."""
-    sources = dict(online.named_parameters())
-    for name, average in target.named_parameters():
-        average.lerp_(sources[name], 1 - tau)
+        t = target.projector(target.encoder(views)).roll(len(z) // 2, 0)  # each row that of the other view
+    cosine = F.cosine_similarity(online.predictor(z).float(), t.float())
+    probe = F.cross_entropy(online.probe(h.detach()).float(), labels.repeat(2))
+    return 4 - 4 * cosine.mean(), probe, kl_divergence(online, prior_std), z.detach().float()
 
 
 # -------- Evaluation. N images, S draws of the weights, K classes; probs (N, K).
 
 def measure(probs, labels):
-    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2, and the same over K; ECE of the largest
-    probability with 15 bins of equal width, and of equal mass."""
+    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE of the largest probability, 15 equal bins."""
     (N, K), (confidence, guess) = probs.shape, probs.max(1)
-    right = (guess == labels).float()
-    brier = (probs - F.one_hot(labels, K)).square().sum(1).mean().item()
-
-    def ece(bins):
-        return (torch.zeros(15, device=bins.device).index_add(0, bins, right - confidence).abs().sum() / N).item()
-
+    right, bins = (guess == labels).float(), (15 * confidence).long().clamp(max=14)
+    gaps = torch.zeros(15, device=probs.device).index_add(0, bins, right - confidence) / N
     return dict(linear_acc=right.mean().item(), nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels).item(),
-                brier=brier, brier_per_class=brier / K, ece=ece((15 * confidence).long().clamp(max=14)),
-                ece_adaptive=ece(confidence.argsort().argsort() * 15 // N))
+                brier=(probs - F.one_hot(labels, K)).square().sum(1).mean().item(), ece=gaps.abs().sum().item())
 
 
 def temperature_scale(probs, val_probs, val_labels):
@@ -214,90 +190,68 @@ def temperature_scale(probs, val_probs, val_labels):
 
 
 @torch.no_grad()
-def features(net, images, autocast):
-    """The encoder on images (N, 3, 32, 32) uint8, with the weights that `draw` fixed: (N, D) float32."""
+def features(net, images, autocast, seeds=(None,)):
+    """The encoder on images (N, 3, 32, 32) uint8 under a draw of the weights for each seed: (S, N, D)."""
     net.eval()
-    with autocast:
-        return torch.cat([net.encoder(normalise(some.float() / 255)).float() for some in images.split(1000)])
+    draws = []
+    for seed in seeds:
+        draw(net, seed)
+        with autocast:
+            draws.append(torch.cat([net.encoder(normalise(some.float() / 255)) for some in images.split(4000)]))
+    return torch.stack(draws)
 
 
 def knn_accuracy(bank, bank_labels, queries, labels):
     """A vote of the 200 nearest by cosine, weighted by exp(cosine / 0.1)."""
-    cosine, nearest = (F.normalize(queries) @ F.normalize(bank).T).topk(200)                # (N, 200)
+    cosine, nearest = (F.normalize(queries.float()) @ F.normalize(bank.float()).T).topk(200)    # (N, 200)
     votes = torch.zeros(len(queries), 10, device=bank.device).scatter_add(1, bank_labels[nearest], (cosine / 0.1).exp())
     return (votes.argmax(1) == labels).float().mean().item()
 
 
 @torch.enable_grad()
-def fit_probe(draws, labels, l2):
-    """The linear layer, as a function of features (N, D), with the least mean cross-entropy + l2 / 2 |W|^2 over
-    draws (S, N, D), standardised features of the same N images under S draws of the weights."""
-    mean, std = draws.mean((0, 1)), draws.std((0, 1)) + 1e-6
-    x, y = ((draws - mean) / std).flatten(0, 1), labels.repeat(len(draws))
+def fit_probe(draws, labels):
+    """The linear layer, as a function of features, with the least mean cross-entropy + 5e-5 |W|^2 over draws (S, N, D),
+    standardised features of the same N images under S draws of the weights."""
+    mean, std = draws.float().mean((0, 1)), draws.float().std((0, 1)) + 1e-6
+    x, y = ((draws.float() - mean) / std).flatten(0, 1), labels.repeat(len(draws))
     probe = nn.Linear(x.shape[1], 10, device=x.device)
     nn.init.zeros_(probe.weight)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(probe(x), y) + l2 / 2 * probe.weight.square().sum()
+        loss = F.cross_entropy(probe(x), y) + 5e-5 * probe.weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return lambda h: probe((h - mean) / std)
+    return lambda h: probe((h.float() - mean) / std)
 
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """(metrics, found). The probe is fitted to train, the temperature to val, all else measured on test. found holds
-    probs {("clean", 0) or (corruption, severity): (N, K)}, those of val, and std (N,): that of the predicted class's
-    probability over draws. Uses draws of its own, whatever training drew."""
+    """Metrics on test: of kNN, and of probes fitted to train, averaged over S draws of the weights. Their names are
+    [COUNT_labels_][CORRUPTION_[SEVERITY_]]METRIC[_scaled by the temperature for val, _S_draws, _mean_weights]."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
-    draw(net)
-    bank, queries = (features(net, images, autocast) for images in (train_x, test_x))
-    metrics = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y))
-    seeds = [args.seed + s for s in range(args.samples)] if bayesian_layers(net) else [None]
-    head, some = net.classifier, args.probe_labels or len(train_y)
-
-    def each_draw(images):
-        for seed in seeds:
-            draw(net, seed)
-            yield features(net, images, autocast)
-
-    if hasattr(net, "projector"):
-        draws = [h for h, _ in zip(each_draw(train_x[:some]), range(4))]
-        head = fit_probe(torch.stack(draws), train_y[:some], args.probe_l2)
-
-    def predict(images):
-        return torch.stack([head(h).softmax(-1) for h in each_draw(images)])        # (S, N, K)
-
-    samples, val = predict(test_x), predict(val_x).mean(0)
-    probs = {("clean", 0): samples.mean(0)}
-    for name in args.corruptions:
-        probs |= {(name, i): predict(corrupt(test_x, name, i)).mean(0) for i in range(1, 6)}
-    metrics |= summarise(probs, val, data)
-    std = samples.std(0, correction=min(1, len(seeds) - 1))
-    std = std.gather(1, probs["clean", 0].argmax(1, keepdim=True))[:, 0]
-    if len(seeds) > 1:
-        draw(net)
-        fewer = {f"{s}_draws": samples[:s].mean(0) for s in (1, 4, 8, 16) if s < len(seeds)}
-        for name, p in (fewer | dict(mean_weights=head(features(net, test_x, autocast)).softmax(-1))).items():
-            metrics |= {f"{key}_{name}": value for key, value in measure(p, test_y).items()}
-        metrics["predictive_std"] = std.mean().item()
-    return metrics, dict(probs=probs, val=val, std=std)
-
-
-def summarise(probs, val, data):
-    """Metrics of probs, as `evaluate` finds them, before and after temperature scaling: clean, each severity, and the
-    mean of a corruption's five."""
-    metrics = {}
-    for (name, severity), p in probs.items():
-        scaled = measure(temperature_scale(p, val, data["val"][1]), data["test"][1])
-        found = measure(p, data["test"][1]) | {f"{key}_scaled": value for key, value in scaled.items()}
-        metrics |= {key if name == "clean" else f"{name}_{severity}_{key}": value for key, value in found.items()}
-        if severity == 5:
-            metrics |= {f"{name}_{key}": sum(metrics[f"{name}_{i}_{key}"] for i in range(1, 6)) / 5 for key in found}
+    seeds = range(args.seed, args.seed + args.samples) if args.bayes else [None]
+    bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
+    metrics, heads = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)), {}
+    train_h, val_h = (features(net, images, autocast, seeds) for images in (train_x, val_x))
+    for n in args.probe_labels:
+        heads[f"{n}_labels_" if heads else ""] = fit_probe(train_h[:, :n or None], train_y[:n or None])
+    for name, i in [("", 0), *product(args.corruptions, range(1, 6))]:
+        h = features(net, corrupt(test_x, name, i) if i else test_x, autocast, seeds)
+        for prefix, head in heads.items():
+            draws, val = (torch.stack([head(one).softmax(-1) for one in some]) for some in (h, val_h))  # (S, N, K)
+            found = {"": draws.mean(0), "_scaled": temperature_scale(draws.mean(0), val.mean(0), val_y)}
+            if i == 0:
+                found |= {f"_{s}_draws": draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
+                found["_mean_weights"] = head(queries).softmax(-1)
+            prefix += f"{name}_{i}_" if i else ""
+            for suffix, probs in found.items():
+                metrics |= {f"{prefix}{key}{suffix}": value for key, value in measure(probs, test_y).items()}
+    for key in [key for key in metrics if "_5_" in key]:
+        metrics[key.replace("_5_", "_")] = sum(metrics[key.replace("_5_", f"_{i}_")] for i in range(1, 6)) / 5
     return metrics
 
 
@@ -322,27 +276,27 @@ def load_checkpoint(path, device, args):
 
 
 def train(args, data, device, autocast, out_dir):
-    """Train one network on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, metrics).
-
-    Ctrl-C saves and exits; an embedding that has collapsed stops the run."""
-    began, first, path = time.time(), 0, out_dir / "checkpoint.pt"
-    images, labels = data["train"]
+    """Train on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, metrics)."""
+    first, metrics, path, (images, labels) = 0, dict(seconds=0.0), out_dir / "checkpoint.pt", data["train"]
     torch.manual_seed(args.seed)
     online, target = make_networks(args, device)
-    on_gpu = device.type == "cuda"
-    view_of, terms_of, kl_of = (torch.compile(f) if on_gpu else f for f in (augment, loss_terms, kl_divergence))
-    means, widths = ([getattr(layer, name) for layer in bayesian_layers(online)] for name in ("weight", "rho"))
-    bayesian = {id(p) for p in means + widths}
-    plain = [p for p in online.parameters() if id(p) not in bayesian]
-    groups = [dict(params=[p for p in plain if p.dim() > 1], weight_decay=args.weight_decay),
-              dict(params=[p for p in plain if p.dim() == 1] + means, weight_decay=0.0)]  # the KL decays the means
-    parts = dict(online=online, target=target, sgd=torch.optim.SGD(groups, args.lr, momentum=0.9, fused=on_gpu))
-    if args.bayes:
-        parts["adam"] = torch.optim.Adam(widths, args.lr_rho, fused=on_gpu)
-    optimizers = [*parts.values()][2:]
+    views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
+    if on_gpu:  # CUDA graphs: to launch the kernels may take longer than to run them
+        torch.compiler.reset()
+        views_of, terms_of = torch.compile(two_views), torch.compile(loss_terms, mode="reduce-overhead")
+    rhos = [layer.rho for layer in bayesian_layers(online)]
+    named = [(name, p) for name, p in online.named_parameters() if not name.endswith("rho")]
+    sources, averages = [p for _, p in named], [*target.parameters()]
+    groups = [dict(params=[p for name, p in named if (p.dim() > 1, "predictor" in name) == (matrix, quick)],
+                   weight_decay=args.weight_decay * matrix, speed=10 if quick else 1)
+              for matrix, quick in product((False, True), repeat=2)]
+    optimizers = [torch.optim.SGD(groups, args.lr, momentum=0.9, fused=on_gpu)]
+    if rhos:
+        optimizers.append(torch.optim.Adam([dict(params=rhos, speed=0.01 / args.lr)], fused=on_gpu))  # peak 0.01
+    parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and (path.exists() or not args.compare):
         saved = load_checkpoint(path, device, args)
-        first = saved["step"]
+        first, metrics = saved["step"], saved["metrics"]
         if first > args.steps:
             fail(f"--resume: {out_dir} is at step {first}; allowed: --steps {first} or more")
         for name, part in parts.items():
@@ -352,149 +306,134 @@ def train(args, data, device, autocast, out_dir):
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    seconds, counted, tick = 0.0, 0, None  # the clock of images/s leaves out compilation and evaluation
+    began, clock, counted, tick, trouble = time.time() - metrics["seconds"], 0.0, 0, None, None
     bar = tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1)
     for step in range(first, args.steps):
         warmup = args.steps // 10  # then a cosine to zero
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (args.steps - warmup))
-        for optimizer, lr in zip(optimizers, (args.lr, args.lr_rho)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min((step + 1) / max(1, warmup), cosine)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = args.lr * group["speed"] * min((step + 1) / max(1, warmup), cosine)
         torch.manual_seed(1_000_003 * args.seed + step)  # nothing else decides batch, views, draws: resuming is exact
         batch = torch.randint(len(images), (args.batch,), device=device)
-        views = [normalise(view_of(images[batch], **args.views, solarised=share)) for share in (0.0, 0.2)]
+        views = views_of(images[batch], args.views)
         online.train()
         with autocast:
-            fit, probe, embedding = terms_of(online, target, *views, labels[batch])
-        kl = kl_of(online, args.prior_std) if args.bayes else torch.zeros(())
+            fit, probe, kl, embedding = terms_of(online, target, views, labels[batch], args.prior_std)
         loss = fit + probe + args.weight_decay * args.prior_std ** 2 * kl
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        update_target(online, target, 1 - (1 - args.tau) * (1 + math.cos(math.pi * step / args.steps)) / 2)
+        with torch.no_grad():  # target <- tau target + (1 - tau) online, and tau rises to 1
+            torch._foreach_lerp_(averages, sources, (1 - args.tau) * (1 + math.cos(math.pi * step / args.steps)) / 2)
         bar.update()
-        due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or bool(stop)
+        due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
         if due or (step + 1) % 10 == 0:
-            if not math.isfinite(loss.item()):  # waits for the device, so that the clock tells the truth
-                bar.close()
-                fail(f"loss {loss.item()} at step {step}, learning rate {optimizers[0].param_groups[0]['lr']:.2e}", 1)
-            if tick:
-                seconds, counted = seconds + time.time() - tick[0], counted + step - tick[1]
-            tick = time.time(), step
-            spread = F.normalize(embedding).std(0).mean().item() * embedding.shape[1] ** 0.5  # healthy: near 1
+            spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
             bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
+            if tick:  # .item() has waited for the device, so that the clock tells the truth
+                clock, counted = clock + time.time() - tick[0], counted + step - tick[1]
+            tick = time.time(), step
+            if not math.isfinite(loss.item()):
+                trouble = f"loss {loss.item()} at step {step}, learning rate {group['lr']:.2e}", 1
+            elif spread < 0.1:
+                trouble = (f"step {step + 1}: the embedding has collapsed: {spread:.3f} of the std of a healthy one\n"
+                           "HINT: a smaller --lr, a larger --tau or a smaller --prior_std"), 1
         if due:
-            draw(online)
-            bank, queries = (features(online, some, autocast) for some in (images[:10_000], data["val"][0]))
-            share = torch.linalg.svdvals(queries - queries.mean(0)).square()
+            bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
+            share = torch.linalg.svdvals(queries.float() - queries.float().mean(0)).square()
             share = share / share.sum()
-            record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=kl.item(), spread=spread,
+            ratios = [F.softplus(layer.rho).mean() / layer.weight.std() for layer in bayesian_layers(online)]
+            record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(),
+                          spread=spread, sigma_over_mu=sum(ratios).item() / len(ratios) if ratios else 0.0,
                           effective_rank=torch.special.entr(share).sum().exp().item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
-            if args.bayes:
-                record["sigma_over_mu"] = (sum(F.softplus(rho).sum() for rho in widths)
-                                           / sum(mu.abs().sum() for mu in means)).item()
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+            metrics = dict(seconds=time.time() - began, images_per_s=counted * args.batch / max(clock, 1e-9))
             save_checkpoint(path, dict({name: part.state_dict() for name, part in parts.items()}, args=vars(args),
-                                       step=step + 1))
+                                       step=step + 1, metrics=metrics))
             tick = None
-            if spread < 0.1:
-                bar.close()
-                fail(f"step {step + 1}: the embedding has collapsed, a dimension has {spread:.3f} of the std of a "
-                     "healthy one\nHINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
-        if stop:
+            if stop:
+                trouble = f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130
+        if trouble:
             bar.close()
-            fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
+            fail(*trouble)
     bar.close()
     signal.signal(signal.SIGINT, previous)
-    return online, dict(images_per_s=counted * args.batch / max(seconds, 1e-9), seconds=time.time() - began)
+    return online, metrics
 
 
 # -------- The paper's claims
 
-def gaussian_fit(x):
-    """Moments of x (N,), Kolmogorov-Smirnov distance to the normal of its mean and std, R^2 of the Q-Q line."""
-    z = ((x - x.mean()) / x.std()).double().cpu().sort().values
-    normal, grid = torch.distributions.Normal(0.0, 1.0), (torch.arange(len(z)).double() + 0.5) / len(z)
-    return dict(mean=x.mean().item(), std=x.std().item(), skewness=(z ** 3).mean().item(),
-                excess_kurtosis=(z ** 4).mean().item() - 3, ks=(normal.cdf(z) - grid).abs().max().item(),
-                qq_r2=torch.corrcoef(torch.stack([z, normal.icdf(grid)]))[0, 1].item() ** 2)
-
-
 def compare(args, data, device, autocast, out_dir):
-    """Every arm with equal seeds, data and budget, and the controls. Returns (result, {arm: found of each seed})."""
-    runs, founds = {}, {}
-    for seed in range(args.seed, args.seed + args.seeds):
-        nets = {}
-        for name in args.arms:
-            arm = argparse.Namespace(**vars(args) | dict(objective=ARMS[name][0], bayes=ARMS[name][1], seed=seed))
-            nets[name] = train(arm, data, device, autocast, out_dir / f"{name}_seed_{seed}")
-        if {"BYOL", "BYOV"} <= set(nets):  # control: noise of the size, layer by layer, that BYOV learned
-            noisy = copy.deepcopy(nets["BYOL"][0])
-            make_bayesian(noisy, args.alpha, skip="classifier")
-            for layer, learned in zip(bayesian_layers(noisy), bayesian_layers(nets["BYOV"][0])):
-                set_sigma(layer, F.softplus(learned.rho.detach()).square().mean().sqrt())
-            nets["BYOL + noise"] = noisy, {}
-        for name, (net, trained) in nets.items():
-            metrics, found = evaluate(net, data, argparse.Namespace(**vars(args) | dict(seed=seed)), autocast)
-            runs.setdefault(name, []).append(trained | metrics)
-            founds.setdefault(name, []).append(found)
-    if args.seeds > 1 and "BYOL" in runs:
-        probs, val = [found["probs"] for found in founds["BYOL"]], [found["val"] for found in founds["BYOL"]]
-        probs = {key: torch.stack([p[key] for p in probs]).mean(0) for key in probs[0]}
-        runs[f"BYOL ensemble, {args.seeds}"] = [summarise(probs, torch.stack(val).mean(0), data)]
-    result = dict(rows=[dict(name=name, seeds=len(found), **mean_and_std(found)) for name, found in runs.items()])
-    if {"BYOL", "BYOV"} <= set(runs):
-        pairs = [{key: b[key] - a[key] for key in a} for a, b in zip(runs["BYOL"], runs["BYOV"])]
-        result["BYOV - BYOL"] = mean_and_std(pairs)
-    if {"BYOV", "BBB"} <= set(runs):  # the paper's "predictive std of BYOV vs. BBB" admits several readings
-        ours, theirs = (founds[name][0]["std"] for name in ("BYOV", "BBB"))
-        readings = {"difference": ours - theirs, "BYOV": ours, "BBB": theirs, "log BYOV": ours.clamp(min=1e-9).log(),
-                    "log BBB": theirs.clamp(min=1e-9).log()}
+    """Rows: mean and std of each arm's metrics, for equal seeds, data and budget, and of BYOV's paired differences."""
+    runs = {name: [] for name in args.arms}
+    for seed, name in product(range(args.seed, args.seed + args.seeds), args.arms):
+        arm = argparse.Namespace(**vars(args) | dict(bayes=name != "BYOL", seed=seed))
+        folder, byol, byov = (out_dir / f"{which}_seed_{seed}" for which in (name, "BYOL", "BYOV"))
+        path, recipe = folder / "metrics.json", {key: vars(arm)[key] for key in RECIPE}
+        run = json.loads(path.read_text()) if args.resume and path.exists() else {}
+        if run.get("recipe") != recipe:
+            if name == "BYOL+noise":
+                net, metrics = untrained_noise(arm, device, byol, byov), {}
+            else:
+                net, metrics = train(arm, data, device, autocast, folder)
+            run = dict(recipe=recipe, metrics=metrics | evaluate(net, data, arm, autocast))
+            folder.mkdir(exist_ok=True)
+            path.write_text(json.dumps(run))
+        runs[name].append(run["metrics"])
+    for name in ("BYOL", "BYOL+noise"):
+        if {name, "BYOV"} <= runs.keys():
+            pairs = zip(runs["BYOV"], runs[name])
+            runs[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
+    rows = []
+    for name, some in runs.items():
+        values = {key: torch.tensor([run[key] for run in some], dtype=torch.float64) for key in some[0]}
+        rows.append(dict(name=name, seeds=args.seeds) | {key: x.mean().item() for key, x in values.items()})
         if args.seeds > 1:
-            readings["difference of two BBB seeds"] = theirs - founds["BBB"][1]["std"]
-        result["predictive_std"] = {name: gaussian_fit(x) for name, x in readings.items()}
-        result["predictive_std"]["correlation"] = torch.corrcoef(torch.stack([ours, theirs]))[0, 1].item()
-    return result, founds
+            rows[-1] |= {f"{key}_std": x.std().item() for key, x in values.items()}
+    return rows
 
 
-def mean_and_std(runs):
-    values = {key: torch.tensor([run[key] for run in runs], dtype=torch.float64) for key in runs[0]}
-    return {key: x.mean().item() for key, x in values.items()} | {
-        f"{key}_std": x.std(correction=min(1, len(x) - 1)).item() for key, x in values.items()}
+def untrained_noise(args, device, byol, byov):
+    """BYOL's network, with noise in each layer of the size, relative to its weights, that BYOV learned there."""
+    net, _ = make_networks(args, device)
+    states = [torch.load(run / "checkpoint.pt", device, weights_only=True)["online"] for run in (byov, byol)]
+    net.load_state_dict(states[0])
+    sizes = [F.softplus(layer.rho).square().mean().sqrt() / layer.weight.std() for layer in bayesian_layers(net)]
+    net.load_state_dict(states[1], strict=False)
+    for layer, size in zip(bayesian_layers(net), sizes):
+        set_sigma(layer, size.detach())
+    return net
 
 
-def plot(path, founds, labels):
-    """Reliability, clean and at the strongest corruption; ECE against severity; the predictive std, BYOV - BBB."""
+def table(rows):
+    """Markdown: mean ± std over seeds; of a paired difference, mean ± half of its 95 % interval (Student's t)."""
+    columns = {key: head for key, head in COLUMNS.items() if any(key in row for row in rows)}
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        spread, cells = T95[row["seeds"] - 1] / row["seeds"] ** 0.5 if " - " in row["name"] else 1, []
+        for key, head in columns.items():
+            scale, digits = (100, 2) if "%" in head else (1, 3)
+            cell = f"{scale * row[key]:.{digits}f}" if key in row else ""
+            cells.append(cell + (f" ± {scale * spread * row[key + '_std']:.{digits}f}" if key + "_std" in row else ""))
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(path, rows):
+    """ECE and Brier score against the severity of salt & pepper, mean ± std over seeds."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
-    *reliability, severities, stds = figure.subplots(1, 4)
-    names, keys = [name for name in founds if name in ("BYOL", "BYOV")], [*next(iter(founds.values()))[0]["probs"]]
-    for axis, key in zip(reliability, (keys[0], keys[5])):
-        for name in names:
-            confidence, guess = torch.cat([found["probs"][key] for found in founds[name]]).cpu().max(1)
-            right = (guess == labels.cpu().repeat(len(founds[name]))).float()
-            bins = [(15 * confidence).long() == i for i in range(15)]
-            points = [(confidence[some].mean(), right[some].mean()) for some in bins if some.sum() >= 10]
-            axis.plot(*zip(*points), marker=".", label=name)
-        axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        axis.set(xlabel="confidence", ylabel="accuracy", title=f"{key[0]} {key[1] or ''}".replace("_", " "))
-    reliability[0].legend(frameon=False)
-    for name, runs in founds.items():
-        ece = [sum(100 * measure(run["probs"][key], labels)["ece"] for run in runs) / len(runs) for key in keys[:6]]
-        severities.plot(range(6), ece, marker=".", label=name)
-    severities.set(xlabel="severity", ylabel="ECE, %", title=keys[1][0].replace("_", " "))
-    severities.legend(frameon=False, fontsize="small")
-    stds.set_visible("BYOV" in founds and "BBB" in founds)
-    if stds.get_visible():
-        x = (founds["BYOV"][0]["std"] - founds["BBB"][0]["std"]).cpu()
-        stds.hist(x, 60, density=True)
-        grid, gaussian = torch.linspace(x.min(), x.max(), 200), torch.distributions.Normal(x.mean(), x.std())
-        stds.plot(grid, gaussian.log_prob(grid).exp(), label="Gaussian fit")
-        stds.set(xlabel="predictive std, BYOV - BBB", ylabel="density")
-        stds.legend(frameon=False)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axis, metric, label in zip(figure.subplots(1, 2), ("ece", "brier"), ("ECE, %", "Brier score, 1/100")):
+        keys = [metric, *(f"salt_and_pepper_{i}_{metric}" for i in range(1, 6))]
+        for row in rows:
+            if " - " not in row["name"]:
+                axis.errorbar(range(6), [100 * row[key] for key in keys],
+                              [100 * row.get(f"{key}_std", 0) for key in keys], capsize=2, label=row["name"])
+        axis.set(xlabel="severity of salt & pepper", ylabel=label)
+    axis.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -505,16 +444,6 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
-def load_data(name):
-    """({"train", "val", "test": (images, labels)}, name)."""
-    if name == "cifar10":
-        return load_cifar10()
-    images, labels = load_glyphs(14_000, size=32)
-    images = images.expand(-1, 3, -1, -1)  # grey: in colour, what two views share is the colour, not the digit
-    ends = dict(train=(0, 8000), val=(8000, 10_000), test=(10_000, 14_000))
-    return {part: (images[a:b], labels[a:b]) for part, (a, b) in ends.items()}, "glyphs"
-
-
 def parse(argv):
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     parser = argparse.ArgumentParser(description="BYOL + Bayes by Backprop (arXiv 2312.03213).",
@@ -523,43 +452,41 @@ def parse(argv):
     data = parser.add_argument_group("data").add_argument
     data("--data", choices=tuple(DEFAULTS), default="glyphs" if there[0] == "cpu" else "cifar10", help="images")
     model = parser.add_argument_group("model").add_argument
-    model("--objective", choices=("byol", "supervised"), default="byol", help="what trains the encoder")
-    model("--bayes", action=argparse.BooleanOptionalAction, default=True, help="a posterior over weights")
+    model("--bayes", action=argparse.BooleanOptionalAction, default=True, help="BYOV; without it, BYOL")
     model("--encoder", choices=("resnet18", "conv"), help="for 3 x 32 x 32")
     model("--width", type=int, help="channels of the first layer; an encoder gives 8 times as many")
-    model("--hidden", type=int, help="width of projector and predictor")
-    model("--alpha", type=float, default=0.02, help="first sigma over the std of a layer's weights")
     model("--prior_std", type=float, help="of the prior, and the most that sigma grows to")
     optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--steps", type=int, help="optimiser steps of a run")
     optimisation("--batch", type=int, help="images a step")
     optimisation("--lr", type=float, help="peak learning rate of SGD")
-    optimisation("--lr_rho", type=float, default=1e-2, help="peak learning rate of Adam, for rho")
     optimisation("--weight_decay", type=float, help="of matrices; lambda is this * prior_std^2")
-    optimisation("--tau", type=float, default=0.99, help="first share that the target keeps a step; ends at 1")
+    optimisation("--tau", type=float, default=0.97, help="first share that the target keeps a step; ends at 1")
     evaluation = parser.add_argument_group("evaluation").add_argument
     evaluation("--samples", type=int, help="draws of the weights, averaged")
-    evaluation("--probe_l2", type=float, default=1e-4, help="weight decay of the linear probe")
-    evaluation("--probe_labels", type=int, help="labels that the probe sees, 0 for all")
-    evaluation("--corruptions", nargs="+", choices=tuple(CORRUPTIONS), help="each at five severities")
+    evaluation("--probe_labels", type=int, nargs="+", help="labels that a probe sees, 0 for all; a probe for each")
+    evaluation("--corruptions", nargs="+", choices=tuple(CORRUPTIONS), default=["salt_and_pepper"],
+               help="of the test images, at five severities")
     run = parser.add_argument_group("run").add_argument
-    run("--seeds", type=int, default=1, help="with --compare: runs an arm")
+    run("--seeds", type=int, default=1, help="with --compare: runs an arm, up to 10")
     run("--seed", type=int, default=1337, help="of weights, batches, views and draws")
-    run("--plot", metavar="FILE.png", help="draw reliability, ECE and predictive std")
+    run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity")
     run("--out_dir", default="out/byov", help="for checkpoint.pt, log.jsonl, metrics.json")
     run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit; or from each run's")
     run("--eval_interval", type=int, default=500, help="steps between evaluations, each with a checkpoint")
-    run("--compare", action="store_true", help="all of --arms and the controls, in one table")
-    run("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="with --compare")
+    run("--compare", action="store_true", help="all --arms, in one table")
+    run("--arms", nargs="+", choices=ARMS, default=ARMS, help="with --compare")
     run("--device", choices=there, default=there[0], help="of what this machine has")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data])
     args = parser.parse_args(argv)
-    lowest = dict(steps=1, batch=2, width=1, hidden=1, seeds=1, samples=1, eval_interval=1, seed=0, lr=0, lr_rho=0,
-                  weight_decay=0, probe_l2=0, probe_labels=0, alpha=1e-12, prior_std=1e-6, tau=0)
+    lowest = dict(width=1, prior_std=1e-6, steps=1, batch=2, lr=1e-9, weight_decay=0, tau=0, samples=1, seeds=1, seed=0,
+                  eval_interval=1)
     for wrong, message in (
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
-            (args.tau > 1, f"--tau {args.tau}; allowed: up to 1"),
+            (args.tau > 1 or args.seeds > 10, f"--tau {args.tau} --seeds {args.seeds}; allowed: up to 1, up to 10"),
+            (min(args.probe_labels) < 0, f"--probe_labels {args.probe_labels}; allowed: 0 or more"),
+            ("BYOL+noise" in args.arms and len({*args.arms}) < 3, "--arms BYOL+noise; allowed: after BYOL and BYOV"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
@@ -569,40 +496,36 @@ def parse(argv):
 
 def main(argv=None):
     """Train and measure, or compare, as the flags say; returns what is in metrics.json."""
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
     args = parse(argv)
     out_dir, device = Path(args.out_dir), torch.device(args.device)
     try:
-        data, dataset = load_data(args.data)
+        data, dataset = load_images(args.data)
     except (OSError, ValueError) as error:
-        given = sys.argv[1:] if argv is None else [*argv]
+        given = sys.argv[1:] if argv is None else argv
         if "--data" in given or isinstance(error, ValueError):
             fail(f"--data {args.data}: {error}")
         print(f"CIFAR-10: no download ({error.__cause__}), so --data glyphs, drawn digits")
         return main([*given, "--data", "glyphs"])
     data = {part: tuple(x.to(device) for x in pair) for part, pair in data.items()}
+    torch.backends.cudnn.benchmark = True
     bf16 = args.device == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=bf16)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}, "
           f"{sum(p.numel() for p in Network(args).parameters()):,} parameters")
     if args.compare:
-        result, founds = compare(args, data, device, autocast, out_dir)
-        print(f"\nmean ± std, seeds: {args.seeds}; all but nll in %")
-        rows = result["rows"]
+        rows = compare(args, data, device, autocast, out_dir)
+        result = dict(rows=rows)
     else:
-        net, trained = train(args, data, device, autocast, out_dir)
-        metrics, found = evaluate(net, data, args, autocast)
-        result = trained | metrics
-        founds = {"BYOV" if args.bayes else "BYOL": [found]}
-        rows = [dict(result, name=[*founds][0])]
-    unit = dict.fromkeys(COLUMNS, 100) | dict(nll=1)
-    for row in rows:
-        cells = [(key, unit[key] * row[key], unit[key] * row.get(f"{key}_std", 0)) for key in COLUMNS if key in row]
-        print(f"{row['name']:20}" + "  ".join(f"{key} {mean:.2f} ± {std:.2f}" for key, mean, std in cells))
+        net, metrics = train(args, data, device, autocast, out_dir)
+        result = metrics | evaluate(net, data, args, autocast)
+        rows = [dict(result, name="BYOV" if args.bayes else "BYOL", seeds=1)]
+    print(table(rows))
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, founds, data["test"][1])
+        plot(args.plot, rows)
     return result
 
 

@@ -39,6 +39,16 @@ def jitter(factors, order):
     return fourth @ third @ second @ first
 
 
+def normalise(x):
+    """Images in [0, 1] to about mean 0 and std 1."""
+    return ((x - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
+
+
+def two_views(images, choices):
+    """images (B, 3, S, S) uint8 -> (2B, 3, S, S), normalised: first views, then second; only these solarised."""
+    return normalise(torch.cat([augment(images, **choices, solarised=share) for share in (0.0, 0.2)]))
+
+
 def augment(images, crop, flip, hue, grey, solarised, blurred=0.0):
     """A random view of images (B, 3, S, S) uint8: (B, 3, S, S) float32 in [0, 1].
 
