@@ -42,7 +42,9 @@ DEFAULTS = {
 }
 REPORTED = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
 REPORTED += [f"last_{key}" for key in REPORTED] + ["train_acc", "program_acc", "seconds"]
-FIXED = "modules width hidden spectral_norm interact_steps generator_steps engine_steps transmitted".split()
+FIXED = ("data images given modules width hidden spectral_norm interact_steps generator_steps engine_steps transmitted "
+         "keep_engine true_programs batch lr seed").split()
+T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 
 # -------- The program generator. B questions, T words or tokens, V tokens, H hidden units.
@@ -79,22 +81,23 @@ def speak(generator, words, lengths, forced=None, sampled=False, source=None):
     """Programs (B, T) int64 for questions, sampled or token by token the likeliest, and log p (B,) of each.
 
     Where forced (B, T) is not -1, it is said instead. After <end> everything is <end> and counts for nothing."""
+    choices = torch.arange(len(TOKENS), device=words.device)
+    noise = torch.zeros(len(words), LENGTH, len(TOKENS), device=words.device)
     if sampled:  # the largest of logits + Gumbel noise is a sample of their softmax
-        uniform = torch.rand(len(words), LENGTH, len(TOKENS), device=words.device, generator=source)
-        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        noise = -noise.exponential_(generator=source).log()
+    if forced is not None:
+        forced = forced[:, :LENGTH, None]
+        noise = noise.masked_fill((forced >= 0) & (forced != choices), -math.inf)
     memory, state = generator.read(words, lengths)
-    token, ended = torch.full_like(lengths, START), torch.zeros_like(lengths, dtype=torch.bool)
-    tokens, log_p = [], 0.0
+    token, said = torch.full_like(lengths, START), []
     for t in range(LENGTH):
         logits, state = generator.write(memory, state, token)
-        token = (logits + noise[:, t] if sampled else logits).argmax(-1)
-        if forced is not None:
-            token = torch.where(forced[:, t] < 0, token, forced[:, t])
-        token = token.masked_fill(ended, END)
-        log_p = log_p + logits.log_softmax(-1).gather(1, token[:, None])[:, 0].masked_fill(ended, 0)
-        ended = ended | (token == END)
-        tokens.append(token)
-    return torch.stack(tokens, 1), log_p
+        token = (logits + noise[:, t]).argmax(-1)
+        said.append((logits, token))
+    logits, tokens = (torch.stack(x, 1) for x in zip(*said))                                    # (B, T, V), (B, T)
+    ended = (tokens == END).cumsum(1) - (tokens == END).long() > 0
+    log_p = logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    return tokens.masked_fill(ended, END), log_p.masked_fill(ended, 0).sum(1)
 
 
 # -------- Execution engines. A batch of programs runs from right to left, a position of all of them at once. The state
@@ -103,20 +106,14 @@ def speak(generator, words, lengths, forced=None, sampled=False, source=None):
 def parse(programs):
     """programs (B, T) in prefix order -> where the second operand of each token begins (B, T), T if there is none, and
     whether a program is one whole expression (B,). A first operand begins next to its token."""
-    T = programs.shape[1]
-    length = (programs != END).long().cumprod(1).sum(1)
+    T, place = programs.shape[1], torch.arange(programs.shape[1] + 1, device=programs.device)
+    length = (programs != END).long().cumprod(1).sum(1, keepdim=True)                           # (B, 1)
     arity = (programs > SCENE).long() + (programs == AND)
-    ends = length[:, None].repeat(1, T + 1)  # where the expression that begins at t ends; past the last token, there
-    second, wellformed = torch.full_like(programs, T), length > 0
-    for t in reversed(range(T)):
-        inside, one = t < length, torch.full_like(length, t + 1).minimum(length)
-        two = ends.gather(1, one[:, None])[:, 0]
-        three = ends.gather(1, two[:, None])[:, 0]
-        places = torch.stack([torch.zeros_like(one), one, two, three], 1)
-        ends[:, t] = torch.where(inside, places.gather(1, arity[:, t:t + 1] + 1)[:, 0], length)
-        second[:, t] = torch.where(inside & (arity[:, t] == 2) & (two < length), two, T)
-        wellformed = wellformed & ~(inside & (places.gather(1, arity[:, t:t + 1])[:, 0] >= length))
-    return second, wellformed & (ends[:, 0] == length)
+    wanted = F.pad(((arity - 1) * (place[:T] < length)).cumsum(1), (1, 0))  # (B, T + 1): operands, by the tokens before
+    closed = (wanted[:, None] == wanted[:, :T, None] - 1) & (place > place[:T, None])           # (B, T, T + 1)
+    ends = torch.where(closed, place, T + 1).amin(2)  # where the expression that begins at a token ends
+    second = F.pad(ends[:, 1:], (0, 1), value=T + 1)
+    return torch.where((programs == AND) & (second < length), second, T), ends[:, 0] == length[:, 0]
 
 
 class Conv(nn.Module):
@@ -125,7 +122,7 @@ class Conv(nn.Module):
     def __init__(self, C, D, V=1, spectral_norm=False):
         super().__init__()
         bound = (9 * C) ** -0.5
-        self.weight = nn.Parameter(torch.empty(9, C, V, D).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(V, 9, C, D).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(V, D).uniform_(-bound, bound))
         steps = [(3 * (y - r) + x - c + 4 if abs(y - r) < 2 and abs(x - c) < 2 else 9)  # from cell (y, x) to (r, c)
                  for y in range(3) for x in range(3) for r in range(3) for c in range(3)]
@@ -135,9 +132,9 @@ class Conv(nn.Module):
     def matrices(self):
         """The weights as V matrices (9C, 9D), side by side (9C, V 9D) on CUDA; to be made once a batch. With spectral
         norm, each over its largest singular value, which a power iteration follows from step to step."""
-        padded = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
-        spread = padded.index_select(0, self.steps).unflatten(0, (9, 9))                        # (9, 9, C, V, D)
-        W = spread.permute(3, 0, 2, 1, 4).flatten(3).flatten(1, 2)                              # (V, 9C, 9D)
+        padded = torch.cat([self.weight, torch.zeros_like(self.weight[:, :1])], 1)
+        spread = padded.index_select(1, self.steps).unflatten(1, (9, 9))                        # (V, 9, 9, C, D)
+        W = spread.transpose(2, 3).flatten(3).flatten(1, 2)                                     # (V, 9C, 9D)
         if self.u is not None:
             if self.training:
                 with torch.no_grad():
@@ -151,7 +148,8 @@ class Conv(nn.Module):
         bias = self.bias.repeat(1, 9)                                                           # (V, 9D)
         if isinstance(token, list):
             parts = zip(x.split(token), matrices, bias.unbind())
-            return torch.cat([torch.addmm(b, part, W) if v > END else part for v, (part, W, b) in enumerate(parts)])
+            return torch.cat([torch.addmm(b, part, W) if v > END and len(part) else part
+                              for v, (part, W, b) in enumerate(parts)])
         y = torch.addmm(bias.flatten(), x, matrices)  # every token's for every example: no wait for how many each has
         if token is None:
             return y
@@ -167,9 +165,10 @@ class TensorModules(nn.Module):
         self.join = nn.Linear(2 * D, D)
 
     def forward(self, scene, first, second, token, matrices):
-        pair = torch.cat([first.unflatten(1, (9, -1)), second.unflatten(1, (9, -1))], -1)       # (B, 9, 2D)
-        x = torch.where((token == AND)[:, None], F.relu(self.join(pair)).flatten(1), first)
-        x, groups = torch.where((token == SCENE)[:, None], scene, x), token
+        x, groups = torch.where((token == SCENE)[:, None], scene, first), token
+        if second is not None:
+            pair = torch.cat([first.unflatten(1, (9, -1)), second.unflatten(1, (9, -1))], -1)   # (B, 9, 2D)
+            x = torch.where((token == AND)[:, None], F.relu(self.join(pair)).flatten(1), x)
         if not x.is_cuda:
             order = token.argsort()
             x, groups = x.index_select(0, order), token.bincount(minlength=len(TOKENS)).tolist()
@@ -188,7 +187,8 @@ class FilmModules(nn.Module):
         self.convs = nn.ModuleList(Conv(D, D, 1, spectral_norm) for _ in range(2))
 
     def forward(self, scene, first, second, token, matrices):
-        x = F.relu(self.join(torch.cat([x.unflatten(1, (9, -1)) for x in (scene, first, second)], 2)))     # (B, 9, D)
+        inputs = scene, first, torch.zeros_like(first) if second is None else second
+        x = F.relu(self.join(torch.cat([x.unflatten(1, (9, -1)) for x in inputs], 2)))          # (B, 9, D)
         (g1, b1), (g2, b2) = (film(token)[:, None].chunk(2, 2) for film in self.films)          # (B, 1, D) each
         y = F.relu(self.convs[0](((1 + 2 * torch.tanh(g1)) * x + b1).flatten(1), matrices[0])).unflatten(1, (9, -1))
         return F.relu(x.flatten(1) + self.convs[1](((1 + 2 * torch.tanh(g2)) * y + b2).flatten(1), matrices[1]))
@@ -211,15 +211,16 @@ class Engine(nn.Module):
         (second, wellformed), T = parse(programs), programs.shape[1]
         scene = self.stem(images / 255.0).flatten(1)                                            # (B, 9D)
         matrices = [conv.matrices() for conv in self.cells.convs]
-        states = [torch.zeros_like(scene)]  # of position T, then T - 1, ...
+        zero = torch.zeros_like(scene)
+        seen = self.cells(scene, zero, None, torch.full_like(programs[:, 0], SCENE), matrices)
+        states = [zero]  # of position T, then T - 1, ...
         for t in reversed(range(T)):
-            token, operand = programs[:, t], states[0]
+            token, operand = programs[:, t], None
             if token.is_cuda or (token == AND).any():
                 index = (T - second[:, t]).view(-1, 1, 1).expand(-1, 1, scene.shape[1])
                 operand = torch.stack(states, 1).gather(1, index)[:, 0]
-            first = states[-1].masked_fill((token == SCENE)[:, None], 0)
-            state = self.cells(scene, first, operand, token, matrices)
-            states.append(state.masked_fill((token == END)[:, None], 0))
+            state = self.cells(scene, states[-1], operand, token.masked_fill(token == SCENE, END), matrices)
+            states.append(torch.where((token == SCENE)[:, None], seen, state.masked_fill((token == END)[:, None], 0)))
         return self.classify(states[-1]), wellformed
 
 
@@ -340,6 +341,7 @@ def train(args, data, device, out_dir):
     if args.resume:
         state = load_checkpoint(out_dir / "checkpoint.pt", device, args)
         number, done, records, transmitted = state["number"], state["done"], state["records"], state["transmitted"]
+        began -= state["seconds"]
         baseline.copy_(state["baseline"])
         for kind, saved in state["agents"].items():
             for part, content in zip(agents[kind], saved):
@@ -399,7 +401,7 @@ def train(args, data, device, out_dir):
                     bar.write("\n    ".join([f"{generation} {phase:12}{numbers}", *found["said"]]))
                 state = dict(args=vars(args), number=number, done=t + 1, records=records, transmitted=transmitted)
                 state["agents"] = {kind: [part.state_dict() for part in agent] for kind, agent in agents.items()}
-                save_checkpoint(out_dir / "checkpoint.pt", state | dict(baseline=baseline))
+                save_checkpoint(out_dir / "checkpoint.pt", state | dict(baseline=baseline, seconds=time.time() - began))
             if stop:
                 bar.close()
                 fail(f"interrupted; {out_dir / 'checkpoint.pt'} is saved, --resume goes on", status=130)
@@ -414,41 +416,62 @@ def train(args, data, device, out_dir):
 
 
 def compare(args, device, out_dir):
-    """Both arms from the same images, weights and given programs: (metrics, {name: records of the last seed}, data)."""
+    """Both arms from the same images, weights and given programs: (rows, {name: each seed's records}, data).
+
+    Each run has its folder. With --resume it goes on there, or is read, if it had ended."""
     steps = args.generations * args.interact_steps
     arms = {"no generations": dict(generations=1, interact_steps=steps), "iterated": {}}
-    runs, curves = {name: [] for name in arms}, {}
+    runs, curves, rows = {name: [] for name in arms}, {name: [] for name in arms}, []
     for seed in range(args.seed, args.seed + args.seeds):
         data = load(args, seed, device)
         for name, changes in arms.items():
-            arm = argparse.Namespace(**vars(args) | changes | dict(seed=seed))
             folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
-            metrics, curves[name] = train(arm, data, device, folder)
+            resume = args.resume and (folder / "checkpoint.pt").exists()
+            arm = argparse.Namespace(**vars(args) | changes | dict(seed=seed, resume=resume))
+            metrics, records = train(arm, data, device, folder)
             runs[name].append([metrics[key] for key in REPORTED])
+            curves[name].append(records)
     runs = {name: torch.tensor(run, dtype=torch.float64) for name, run in runs.items()}         # (seeds, metrics)
     runs["difference"] = runs["iterated"] - runs["no generations"]
-    rows = []
-    print(f"\nmean ± std, seeds: {args.seeds}" + "".join(f"{key[4:]:>22}" for key in REPORTED[:4]))
     for name, run in runs.items():
-        mean, spread = run.mean(0).tolist(), run.std(0, correction=min(1, args.seeds - 1)).tolist()
-        rows.append(dict(name=name, seeds=args.seeds, **dict(zip(REPORTED, mean)),
-                         **{f"{key}_std": value for key, value in zip(REPORTED, spread)}))
-        for when, i in (("best Val-IID", 0), ("end", 4)):
-            pairs = list(zip(mean, spread))[i:i + 4]
-            print(f"{name}, {when}".ljust(28) + "".join(f"{a:>14.3f} ± {b:.3f}" for a, b in pairs))
-    return dict(rows=rows), curves, data
+        mean, spread = run.mean(0), run.std(0, correction=min(1, args.seeds - 1))
+        row = {key: value for i, key in enumerate(REPORTED)
+               for key, value in ((key, mean[i].item()), (f"{key}_std", spread[i].item()))}
+        rows.append(dict(name=name, seeds=args.seeds, **row, runs=dict(zip(REPORTED, run.T.tolist()))))
+    return rows, curves, data
+
+
+def table(rows):
+    """The Markdown table of a comparison: mean ± std of the seeds, and the mean of paired differences, with its 95 %
+    interval by Student's t."""
+    seeds, splits = rows[0]["seeds"], ("Val-IID", "Val-OOD")
+    heads = [f"{seeds} seeds", *(f"{split} {what}" for split in splits for what in ("answers", "programs"))]
+    lines = [heads, ["---"] * 5]
+    for when, prefix in (("end", "last_"), ("best Val-IID", "")):
+        for row in rows:
+            lines.append([f"{row['name']}, {when}"])
+            for key in REPORTED[:4]:
+                mean, std = row[prefix + key], row[f"{prefix}{key}_std"]
+                half = T95[min(seeds, len(T95)) - 1] * std / seeds ** 0.5
+                paired = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+                lines[-1].append(paired if row["name"] == "difference" else f"{mean:.3f} ± {std:.3f}")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot(path, curves):
-    """Answers and programs against interactions, after each phase, too: a vertical step is what learning anew did."""
+    """Answers and programs against interactions, each seed and their mean, and after each phase, too: a vertical step is
+    what learning anew did."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axis, what in zip(figure.subplots(1, 2), ("acc", "program_acc")):
-        for colour, (name, records) in enumerate(curves.items()):
+        for colour, (name, runs) in enumerate(curves.items()):
+            steps = [r["interactions"] for r in runs[0]]
             for split, style in (("iid", ":"), ("ood", "-")):
-                points = [(r["interactions"], r[f"val_{split}_{what}"]) for r in records]
-                axis.plot(*zip(*points), style, color=f"C{colour}", marker=".", label=f"{name}, Val-{split.upper()}")
-            for end in {r["interactions"] for r in records if r["end"] and r["phase"] == "interacting"}:
+                values = torch.tensor([[r[f"val_{split}_{what}"] for r in records] for records in runs])
+                if split == "ood" and len(runs) > 1:
+                    axis.plot(steps, values.T, color=f"C{colour}", linewidth=0.5, alpha=0.4)
+                axis.plot(steps, values.mean(0), style, color=f"C{colour}", label=f"{name}, Val-{split.upper()}")
+            for end in {r["interactions"] for r in runs[0] if r["end"] and r["phase"] == "interacting"}:
                 axis.axvline(end, color="0.85", zorder=0)
         axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
     axis.legend(frameon=False, fontsize=8)
@@ -507,7 +530,7 @@ def parse_flags(argv):
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
             (args.given > SEEN, f"--given {args.given}; allowed: {SEEN} or fewer"),
-            (args.compare and (args.resume or args.generations < 2), "--compare; allowed: 2 generations, no --resume"),
+            (args.compare and args.generations < 2, f"--compare --generations {args.generations}; allowed: 2 or more"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
@@ -538,7 +561,9 @@ def main(argv=None):
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     if args.compare:
-        result, curves, data = compare(args, device, out_dir)
+        rows, curves, data = compare(args, device, out_dir)
+        result = dict(rows=rows)
+        print("\n" + table(rows))
     else:
         data = load(args, args.seed, device)
         result, records = train(args, data, device, out_dir)
@@ -552,7 +577,7 @@ def main(argv=None):
     result.update(device=name, dataset=args.data, seed=args.seed, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, curves if args.compare else {f"{args.generations} generations": records})
+        plot(args.plot, curves if args.compare else {f"{args.generations} generations": [records]})
     return result
 
 

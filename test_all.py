@@ -599,7 +599,7 @@ class NMNIterated(unittest.TestCase):
                 self.assertEqual(max(states(kill=kill)), (0, 1) if kill == "Ctrl-C" else kill)
             end = states("--resume")[3, 4]
             self.assertTrue(all(end[kind].equal(learning[3, 4][kind]) for kind in pair), kill)
-        for flags, words in (("--given 136", "136; allowed: 135"), ("--compare --resume", "--compare; allowed"),
+        for flags, words in (("--given 136", "136; allowed: 135"), ("--compare --generations 1", "--generations 1; allowed: 2"),
                              ("--lr nan", "--lr nan; allowed"), ("--resume --width 9", "width 8 there, 9 here")):
             status, printed = run(nmn_iterated.main, *self.TINY, out, *flags.split())
             self.assertTrue(status == 2 and re.search(f"ERROR: .*{words}", printed), printed)
