@@ -44,7 +44,7 @@ REPORTED = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_progra
 REPORTED += [f"last_{key}" for key in REPORTED] + ["train_acc", "program_acc", "seconds"]
 FIXED = ("data images given modules width hidden spectral_norm interact_steps generator_steps engine_steps transmitted "
          "keep_engine true_programs batch lr seed").split()
-T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # Student's t for 2, 3, ... seeds
 
 
 # -------- The program generator. B questions, T words or tokens, V tokens, H hidden units.
@@ -434,28 +434,26 @@ def compare(args, device, out_dir):
     runs = {name: torch.tensor(run, dtype=torch.float64) for name, run in runs.items()}         # (seeds, metrics)
     runs["difference"] = runs["iterated"] - runs["no generations"]
     for name, run in runs.items():
-        mean, spread = run.mean(0), run.std(0, correction=min(1, args.seeds - 1))
-        row = {key: value for i, key in enumerate(REPORTED)
-               for key, value in ((key, mean[i].item()), (f"{key}_std", spread[i].item()))}
-        rows.append(dict(name=name, seeds=args.seeds, **row, runs=dict(zip(REPORTED, run.T.tolist()))))
+        row = dict(name=name, seeds=args.seeds, runs=dict(zip(REPORTED, run.T.tolist())))
+        for key, mean, std in zip(REPORTED, run.mean(0).tolist(), run.std(0, correction=args.seeds > 1).tolist()):
+            row.update({key: mean, f"{key}_std": std})
+        rows.append(row)
     return rows, curves, data
 
 
 def table(rows):
-    """The Markdown table of a comparison: mean ± std of the seeds, and the mean of paired differences, with its 95 %
-    interval by Student's t."""
-    seeds, splits = rows[0]["seeds"], ("Val-IID", "Val-OOD")
-    heads = [f"{seeds} seeds", *(f"{split} {what}" for split in splits for what in ("answers", "programs"))]
-    lines = [heads, ["---"] * 5]
+    """The Markdown table of a comparison: mean ± std of seeds; of paired differences, mean and 95 % interval (Student's)."""
+    n, lines = rows[0]["seeds"], []
     for when, prefix in (("end", "last_"), ("best Val-IID", "")):
         for row in rows:
             lines.append([f"{row['name']}, {when}"])
-            for key in REPORTED[:4]:
-                mean, std = row[prefix + key], row[f"{prefix}{key}_std"]
-                half = T95[min(seeds, len(T95)) - 1] * std / seeds ** 0.5
-                paired = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+            for key in (prefix + key for key in REPORTED[:4]):
+                mean, std = row[key], row[f"{key}_std"]
+                half = T95[min(n - 2, len(T95) - 1)] * std / n ** 0.5
+                paired = f"{mean:+.3f}" + f" ({mean - half:+.3f} to {mean + half:+.3f})" * (n > 1)
                 lines[-1].append(paired if row["name"] == "difference" else f"{mean:.3f} ± {std:.3f}")
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    heads = [f"seeds: {n}", "Val-IID answers", "Val-IID programs", "Val-OOD answers", "Val-OOD programs"]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * 5, *lines))
 
 
 def plot(path, curves):
