@@ -40,10 +40,10 @@ DEFAULTS = {
     "cpu": dict(batch=128, hidden=64, interact_steps=1500, generator_steps=100, engine_steps=2000, generations=3),
     "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=100, engine_steps=1500, generations=4),
 }
-REPORTED = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
-REPORTED += [f"last_{key}" for key in REPORTED] + ["train_acc", "program_acc", "seconds"]
+SCORES = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
+REPORTED = [*SCORES, *(f"last_{key}" for key in SCORES), "train_acc", "program_acc", "seconds"]
 FIXED = ("data images given modules width hidden spectral_norm interact_steps generator_steps engine_steps transmitted "
-         "keep_engine true_programs batch lr seed").split()
+         "keep_engine true_programs batch lr weight_decay seed").split()
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # Student's t for 2, 3, ... seeds
 
 
@@ -77,19 +77,19 @@ class Generator(nn.Module):
         return self.out(torch.cat([h, context], -1)), (h, c, context)
 
 
-def speak(generator, words, lengths, forced=None, sampled=False, source=None):
-    """Programs (B, T) int64 for questions, sampled or token by token the likeliest, and log p (B,) of each.
+def speak(generator, data, questions, forced=None, sampled=False):
+    """Programs (B, T) int64 for questions (B,), sampled or token by token the likeliest, and log p (B,) of each.
 
     Where forced (B, T) is not -1, it is said instead. After <end> everything is <end> and counts for nothing."""
-    choices = torch.arange(len(TOKENS), device=words.device)
-    noise = torch.zeros(len(words), LENGTH, len(TOKENS), device=words.device)
+    choices = torch.arange(len(TOKENS), device=questions.device)
+    noise = torch.zeros(len(questions), LENGTH, len(TOKENS), device=questions.device)
     if sampled:  # the largest of logits + Gumbel noise is a sample of their softmax
-        noise = -noise.exponential_(generator=source).log()
+        noise = -noise.exponential_().log()
     if forced is not None:
         forced = forced[:, :LENGTH, None]
         noise = noise.masked_fill((forced >= 0) & (forced != choices), -math.inf)
-    memory, state = generator.read(words, lengths)
-    token, said = torch.full_like(lengths, START), []
+    memory, state = generator.read(data.words[questions], data.lengths[questions])
+    token, said = torch.full_like(questions, START), []
     for t in range(LENGTH):
         logits, state = generator.write(memory, state, token)
         token = (logits + noise[:, t]).argmax(-1)
@@ -143,13 +143,13 @@ class Conv(nn.Module):
         return W.transpose(0, 1).flatten(1) if W.is_cuda or len(W) == 1 else W.unbind()
 
     def forward(self, x, matrices, token=None):
-        """token (B,) chooses the weights, if there are several; x being sorted by token, it may be the list (V,) of how
-        many examples each token has."""
+        """token (B,) chooses the weights, if there are several."""
         bias = self.bias.repeat(1, 9)                                                           # (V, 9D)
-        if isinstance(token, list):
-            parts = zip(x.split(token), matrices, bias.unbind())
-            return torch.cat([torch.addmm(b, part, W) if v > END and len(part) else part
-                              for v, (part, W, b) in enumerate(parts)])
+        if isinstance(matrices, tuple):
+            order, counts = token.argsort(), token.bincount(minlength=len(bias)).tolist()
+            parts = enumerate(zip(x.index_select(0, order).split(counts), matrices, bias))
+            y = [torch.addmm(b, part, W) if v > END and len(part) else part for v, (part, W, b) in parts]
+            return torch.cat(y).index_select(0, order.argsort())
         y = torch.addmm(bias.flatten(), x, matrices)  # every token's for every example: no wait for how many each has
         if token is None:
             return y
@@ -165,16 +165,12 @@ class TensorModules(nn.Module):
         self.join = nn.Linear(2 * D, D)
 
     def forward(self, scene, first, second, token, matrices):
-        x, groups = torch.where((token == SCENE)[:, None], scene, first), token
+        x = torch.where((token == SCENE)[:, None], scene, first)
         if second is not None:
             pair = torch.cat([first.unflatten(1, (9, -1)), second.unflatten(1, (9, -1))], -1)   # (B, 9, 2D)
             x = torch.where((token == AND)[:, None], F.relu(self.join(pair)).flatten(1), x)
-        if not x.is_cuda:
-            order = token.argsort()
-            x, groups = x.index_select(0, order), token.bincount(minlength=len(TOKENS)).tolist()
-        y = F.relu(self.convs[0](x, matrices[0], groups))
-        x = F.relu(x + self.convs[1](y, matrices[1], groups))
-        return x if x.is_cuda else x.index_select(0, order.argsort())
+        y = F.relu(self.convs[0](x, matrices[0], token))
+        return F.relu(x + self.convs[1](y, matrices[1], token))
 
 
 class FilmModules(nn.Module):
@@ -202,12 +198,9 @@ class Engine(nn.Module):
         self.cells = (TensorModules if args.modules == "tensor" else FilmModules)(D, args.spectral_norm)
         self.classifier = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, 2))
 
-    def classify(self, state):
-        """The state (B, 9D) of a program -> logits (B, 2) of no and yes, from the largest of each channel."""
-        return self.classifier(state.unflatten(1, (9, -1)).amax(1))
-
     def forward(self, images, programs):
-        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2), from the first token's state; wellformed (B,)."""
+        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2) of no and yes, from the largest of each channel in
+        the first token's state; wellformed (B,)."""
         (second, wellformed), T = parse(programs), programs.shape[1]
         scene = self.stem(images / 255.0).flatten(1)                                            # (B, 9D)
         matrices = [conv.matrices() for conv in self.cells.convs]
@@ -221,7 +214,7 @@ class Engine(nn.Module):
                 operand = torch.stack(states, 1).gather(1, index)[:, 0]
             state = self.cells(scene, states[-1], operand, token.masked_fill(token == SCENE, END), matrices)
             states.append(torch.where((token == SCENE)[:, None], seen, state.masked_fill((token == END)[:, None], 0)))
-        return self.classify(states[-1]), wellformed
+        return self.classifier(states[-1].unflatten(1, (9, -1)).amax(1)), wellformed
 
 
 # -------- Loss
@@ -239,7 +232,7 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
     given = given[:0] if phase == "engine" else given
     asked, forced = torch.cat([questions, given]), torch.cat([forced, data.programs[given]])
     with torch.set_grad_enabled(phase != "engine"):
-        programs, log_p = speak(generator, data.words[asked], data.lengths[asked], forced, sampled=True)
+        programs, log_p = speak(generator, data, asked, forced, sampled=True)
     said, supervised = log_p.tensor_split([len(rows)])
     supervised = -supervised.sum() / max(1, len(given))
     if phase == "generator":
@@ -254,16 +247,14 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
 
 @torch.no_grad()
 def evaluate(generator, engine, data, transmitted):
-    """What is right on Val-IID and Val-OOD, of greedy programs; without a generator, of true ones. Leaves the random
-    numbers of training alone."""
+    """What is right on Val-IID and Val-OOD, of greedy programs; without a generator, of true ones."""
     engine.eval()
     found, programs = {}, data.programs
     if generator is not None:
-        programs, _ = speak(generator, data.words, data.lengths)
-        questions = torch.arange(16 * SEEN, device=programs.device) % SEEN
-        source = torch.Generator(programs.device).manual_seed(0)
-        log_p = speak(generator, data.words[questions], data.lengths[questions], sampled=True, source=source)[1]
-        found["entropy"] = -log_p.mean().item()  # nats a program
+        questions = torch.arange(len(QUESTIONS), device=data.words.device)
+        programs, _ = speak(generator, data, questions)
+        torch.manual_seed(0)  # every step of training sets its own
+        found["entropy"] = -speak(generator, data, questions[:SEEN].repeat(16), sampled=True)[1].mean().item()  # nats
     right, valid = (programs == data.programs).all(1).float(), parse(programs)[1].float()
     for split, part in (("val_iid", slice(SEEN)), ("val_ood", slice(SEEN, None))):
         batches = zip(*(x.split(2048) for x in getattr(data, split)))
@@ -285,18 +276,18 @@ def replayed(step, device):
     if device.type != "cuda":
         return step
     side, graph, results = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+    torch.cuda.synchronize()
 
     def call():
+        if len(results) < 3:  # warm, on a side stream, as capturing wants it
+            with torch.cuda.stream(side):
+                results.append(step())
+            torch.cuda.synchronize()
+            return results[-1]
         if len(results) == 3:
             with torch.cuda.graph(graph):
                 results.append(step())
-        if len(results) > 3:
-            graph.replay()
-        else:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                results.append(step())
-            torch.cuda.current_stream().wait_stream(side)
+        graph.replay()
         return results[-1]
 
     return call
@@ -322,7 +313,8 @@ def load_checkpoint(path, device, args):
 def new_agent(kind, args, device):
     """A fresh generator or engine, and an optimiser that knows nothing of the one before."""
     agent = (Engine(args) if kind == "engine" else Generator(args.hidden)).to(device)
-    return agent, torch.optim.Adam(agent.parameters(), args.lr, fused=True, capturable=device.type == "cuda")
+    return agent, torch.optim.AdamW(agent.parameters(), args.lr, weight_decay=args.weight_decay, fused=True,
+                                    capturable=device.type == "cuda")
 
 
 def train(args, data, device, out_dir):
@@ -330,9 +322,8 @@ def train(args, data, device, out_dir):
     began = time.time()
     given = torch.randperm(SEEN, generator=torch.Generator().manual_seed(args.seed))[:args.given].to(device)
     phases = dict(interacting=args.interact_steps, generator=args.generator_steps, engine=args.engine_steps)
-    schedule = [(g, *phase) for g in range(args.generations) for phase in phases.items() if phase[1]]
-    while schedule[-1][1] != "interacting":  # the last generation has no heirs
-        schedule.pop()
+    schedule = [(g, phase, steps) for g in range(args.generations) for phase, steps in phases.items()
+                if phase == "interacting" or steps and g + 1 < args.generations]  # the last generation has no heirs
     if args.true_programs:
         schedule = [(0, "engine", args.interact_steps)]
     torch.manual_seed(1_000_003 * args.seed)
@@ -360,8 +351,7 @@ def train(args, data, device, out_dir):
         if not done and phase == "generator":  # the old one speaks for the last time
             questions = torch.randint(SEEN, (args.transmitted,), device=device)
             with torch.no_grad():
-                words, lengths = data.words[questions], data.lengths[questions]
-                transmitted = questions, speak(agents["generator"][0], words, lengths, sampled=True)[0]
+                transmitted = questions, speak(agents["generator"][0], data, questions, sampled=True)[0]
         if not done and (phase == "generator" or phase == "engine" and not args.keep_engine):
             agents[phase] = new_agent(phase, args, device)
         generator, engine = agents["generator"][0], agents["engine"][0]
@@ -447,7 +437,7 @@ def table(rows):
     for when, prefix in (("end", "last_"), ("best Val-IID", "")):
         for row in rows:
             lines.append([f"{row['name']}, {when}"])
-            for key in (prefix + key for key in REPORTED[:4]):
+            for key in (prefix + key for key in SCORES):
                 mean, std = row[key], row[f"{key}_std"]
                 half = T95[min(n - 2, len(T95) - 1)] * std / n ** 0.5
                 paired = f"{mean:+.3f}" + f" ({mean - half:+.3f} to {mean + half:+.3f})" * (n > 1)
@@ -507,7 +497,8 @@ def parse_flags(argv):
     optimisation("--keep_engine", action="store_true", help="renew the generator alone")
     optimisation("--true_programs", action="store_true", help="no generator: the engine learns with true programs")
     optimisation("--batch", type=int, help="images, or programs, a step")
-    optimisation("--lr", type=float, default=1e-3, help="learning rate of Adam")
+    optimisation("--lr", type=float, default=1e-3, help="learning rate of AdamW")
+    optimisation("--weight_decay", type=float, default=0.0, help="of AdamW")
     run = parser.add_argument_group("run").add_argument
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=0, help="of images, given programs, weights and samples")
@@ -523,7 +514,7 @@ def parse_flags(argv):
         args = parser.parse_args(argv)
     args.generations = 1 if args.true_programs else args.generations
     lowest = dict(images=1, given=0, width=1, hidden=1, generations=1, interact_steps=1, transmitted=1, batch=1, lr=0,
-                  generator_steps=0, engine_steps=0, seeds=1, seed=0, eval_interval=1)
+                  weight_decay=0, generator_steps=0, engine_steps=0, seeds=1, seed=0, eval_interval=1)
     for wrong, message in (
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
@@ -580,4 +571,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)

@@ -554,7 +554,7 @@ class NMNIterated(unittest.TestCase):
                 for token in (token for token in reversed(tokens) if token):
                     operands = [stack.pop() if stack and i < (token > 1) + (token == 12) else zero for i in (0, 1)]
                     stack.append(engine.cells(scene, *operands, torch.tensor([token]), matrices))
-                singly.append(engine.classify([zero, *stack][-1])[0])
+                singly.append(engine.classifier([zero, *stack][-1].unflatten(1, (9, -1)).amax(1))[0])
             logits, valid = engine(images, programs)
             torch.testing.assert_close(*((x, torch.autograd.grad(x.square().sum(), list(engine.cells.parameters())))
                                          for x in (logits, torch.stack(singly))), atol=1e-5, rtol=1e-4)
@@ -568,7 +568,7 @@ class NMNIterated(unittest.TestCase):
         asked, rows = torch.full((157,), 7), torch.full((20_000,), 14)  # image 14 asks question 7
         judge = lambda images, said: (torch.eye(2)[(said[:, 0] + shapes.train[2][14]) % 2], said[:, 0] > 3)
         with mock.patch.object(nmn_iterated, "LENGTH", 2):
-            p = nmn_iterated.speak(generator, shapes.words[asked], shapes.lengths[asked], programs)[1].exp()
+            p = nmn_iterated.speak(generator, shapes, asked, programs)[1].exp()
             loss, _ = nmn_iterated.loss_of("interacting", generator, judge, shapes, rows, asked[:0], 0.3, None, args)
         expected = (p * ((programs[:, 0] > 3) & (programs[:, 0] % 2 == 0))).sum()
         exact, sampled = (torch.autograd.grad(x, generator.out.bias)[0] for x in (-expected, loss))
