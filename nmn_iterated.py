@@ -1,15 +1,14 @@
 """
 Neural module networks, in the manner of "Iterated Learning for Emergent Systematicity in VQA" (arXiv 2105.01119).
 
-A generator reads a question q and says a program z, token by token. An engine runs z on the image x, one neural module
-a token, and answers y. They learn jointly, with z* the few programs that are given, r = 1 where a well-formed program
-got the right answer, and b the moving average of r:
+A generator says a program z for a question q. An engine runs z on the image x, a neural module a token, and answers y.
+They learn jointly, with z* the few programs that are given, r = 1 where a well-formed program got the right answer, and
+b the moving average of r:
 
     L_engine = -log p(y | x, z), z ~ p(z | q)        L_generator = -(r - b) log p(z | q) - mean of log p(z* | q)
 
 That makes answers right, not programs systematic. So there are generations: the generator's language is sampled, a new
 generator learns it in few steps, a new engine learns to run what that one says, and these two learn jointly in turn.
-What is irregular is hard to learn again.
 
     python nmn_iterated.py                the language, generation by generation
     python nmn_iterated.py --compare      beside the same agents without generations, with equally many interactions
@@ -38,12 +37,11 @@ END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the lo
 SEEN = 135  # the first questions are those of training, the rest those of Val-OOD
 DEFAULTS = {
     "cpu": dict(batch=128, hidden=64, interact_steps=1500, generator_steps=100, engine_steps=2000, generations=3),
-    "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=100, engine_steps=1500, generations=4),
+    "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=50, engine_steps=1500, generations=4),
 }
 SCORES = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
 REPORTED = [*SCORES, *(f"last_{key}" for key in SCORES), "train_acc", "program_acc", "seconds"]
-FIXED = ("data images given modules width hidden spectral_norm interact_steps generator_steps engine_steps transmitted "
-         "keep_engine true_programs batch lr weight_decay seed").split()
+FREE = "generations seeds plot out_dir resume eval_interval compare device".split()  # may change with --resume
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # Student's t for 2, 3, ... seeds
 
 
@@ -78,16 +76,14 @@ class Generator(nn.Module):
 
 
 def speak(generator, data, questions, forced=None, sampled=False):
-    """Programs (B, T) int64 for questions (B,), sampled or token by token the likeliest, and log p (B,) of each.
-
-    Where forced (B, T) is not -1, it is said instead. After <end> everything is <end> and counts for nothing."""
-    choices = torch.arange(len(TOKENS), device=questions.device)
+    """Programs (B, T) int64 for questions (B,), sampled or token by token the likeliest, and log p (B,) of each. Where
+    forced (B, T) is not -1, it is said instead. After <end> everything is <end> and counts for nothing."""
     noise = torch.zeros(len(questions), LENGTH, len(TOKENS), device=questions.device)
     if sampled:  # the largest of logits + Gumbel noise is a sample of their softmax
         noise = -noise.exponential_().log()
     if forced is not None:
-        forced = forced[:, :LENGTH, None]
-        noise = noise.masked_fill((forced >= 0) & (forced != choices), -math.inf)
+        others = forced[:, :LENGTH, None] != torch.arange(len(TOKENS), device=questions.device)
+        noise = noise.masked_fill(others & (forced[:, :LENGTH, None] >= 0), -math.inf)
     memory, state = generator.read(data.words[questions], data.lengths[questions])
     token, said = torch.full_like(questions, START), []
     for t in range(LENGTH):
@@ -136,9 +132,8 @@ class Conv(nn.Module):
         spread = padded.index_select(1, self.steps).unflatten(1, (9, 9))                        # (V, 9, 9, C, D)
         W = spread.transpose(2, 3).flatten(3).flatten(1, 2)                                     # (V, 9C, 9D)
         if self.u is not None:
-            if self.training:
-                with torch.no_grad():
-                    self.u.copy_(F.normalize(W.mT @ F.normalize(W @ self.u, dim=1), dim=1))
+            if torch.is_grad_enabled():
+                self.u.copy_(F.normalize(W.mT @ F.normalize(W @ self.u, dim=1), dim=1).detach())
             W = W / (W @ self.u.clone()).norm(dim=1, keepdim=True)
         return W.transpose(0, 1).flatten(1) if W.is_cuda or len(W) == 1 else W.unbind()
 
@@ -193,20 +188,17 @@ class FilmModules(nn.Module):
 class Engine(nn.Module):
     def __init__(self, args):
         super().__init__()
-        D = args.width
-        self.stem = nn.Sequential(nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, D), nn.ReLU())  # a cell is 10 x 10 x 3
-        self.cells = (TensorModules if args.modules == "tensor" else FilmModules)(D, args.spectral_norm)
-        self.classifier = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, 2))
+        self.stem = nn.Sequential(nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, args.width), nn.ReLU())
+        self.cells = (TensorModules if args.modules == "tensor" else FilmModules)(args.width, args.spectral_norm)
+        self.classifier = nn.Sequential(nn.Linear(args.width, 128), nn.ReLU(), nn.Linear(128, 2))
 
     def forward(self, images, programs):
-        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2) of no and yes, from the largest of each channel in
-        the first token's state; wellformed (B,)."""
+        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2) of no and yes, if they are well-formed (B,)."""
         (second, wellformed), T = parse(programs), programs.shape[1]
         scene = self.stem(images / 255.0).flatten(1)                                            # (B, 9D)
         matrices = [conv.matrices() for conv in self.cells.convs]
-        zero = torch.zeros_like(scene)
-        seen = self.cells(scene, zero, None, torch.full_like(programs[:, 0], SCENE), matrices)
-        states = [zero]  # of position T, then T - 1, ...
+        states = [torch.zeros_like(scene)]  # of position T, then T - 1, ...
+        seen = self.cells(scene, states[0], None, torch.full_like(programs[:, 0], SCENE), matrices)
         for t in reversed(range(T)):
             token, operand = programs[:, t], None
             if token.is_cuda or (token == AND).any():
@@ -248,7 +240,6 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
 @torch.no_grad()
 def evaluate(generator, engine, data, transmitted):
     """What is right on Val-IID and Val-OOD, of greedy programs; without a generator, of true ones."""
-    engine.eval()
     found, programs = {}, data.programs
     if generator is not None:
         questions = torch.arange(len(QUESTIONS), device=data.words.device)
@@ -265,7 +256,6 @@ def evaluate(generator, engine, data, transmitted):
         found["agreement"] = (programs[transmitted[0]] == transmitted[1]).all(1).float().mean().item()
     found["said"] = [f"{english(QUESTIONS[i])}: {' '.join(TOKENS[token] for token in programs[i] if token)}"
                      for i in (0, 147, 190, 217)]
-    engine.train()
     return found
 
 
@@ -304,8 +294,8 @@ def load_checkpoint(path, device, args):
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
     state = torch.load(path, map_location=device, weights_only=True)
-    there = state["args"]
-    if differing := [f"{x} {there[x]} there, {vars(args)[x]} here" for x in FIXED if there[x] != vars(args)[x]]:
+    if differing := [f"{x} {there} there, {vars(args)[x]} here" for x, there in state["args"].items()
+                     if x not in FREE and there != vars(args)[x]]:
         fail(f"--resume: {path} is another run: {'; '.join(differing)}")
     return state
 
@@ -350,16 +340,15 @@ def train(args, data, device, out_dir):
         torch.manual_seed(1_000_003 * args.seed + 500_000 + number)
         if not done and phase == "generator":  # the old one speaks for the last time
             questions = torch.randint(SEEN, (args.transmitted,), device=device)
-            with torch.no_grad():
-                transmitted = questions, speak(agents["generator"][0], data, questions, sampled=True)[0]
+            transmitted = questions, speak(agents["generator"][0], data, questions, sampled=True)[0]
         if not done and (phase == "generator" or phase == "engine" and not args.keep_engine):
             agents[phase] = new_agent(phase, args, device)
         generator, engine = agents["generator"][0], agents["engine"][0]
         learning = [optimizer for kind, (_, optimizer) in agents.items() if phase in (kind, "interacting")]
 
         def step():
-            choices = args.transmitted if phase == "generator" else len(data.train[0])
-            rows = torch.randint(choices, (args.batch,), device=device)
+            known = transmitted if phase == "generator" else data.train
+            rows = torch.randint(len(known[0]), (args.batch,), device=device)
             loss, right = loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, args)
             if phase == "interacting":
                 baseline.lerp_(right.mean(), 0.1)
@@ -406,9 +395,8 @@ def train(args, data, device, out_dir):
 
 
 def compare(args, device, out_dir):
-    """Both arms from the same images, weights and given programs: (rows, {name: each seed's records}, data).
-
-    Each run has its folder. With --resume it goes on there, or is read, if it had ended."""
+    """Both arms from the same images, weights and given programs: (metrics, {name: records of each seed}, data). A run
+    has its folder; with --resume it goes on there, or is read, if it had ended."""
     steps = args.generations * args.interact_steps
     arms = {"no generations": dict(generations=1, interact_steps=steps), "iterated": {}}
     runs, curves, rows = {name: [] for name in arms}, {name: [] for name in arms}, []
@@ -428,11 +416,11 @@ def compare(args, device, out_dir):
         for key, mean, std in zip(REPORTED, run.mean(0).tolist(), run.std(0, correction=args.seeds > 1).tolist()):
             row.update({key: mean, f"{key}_std": std})
         rows.append(row)
-    return rows, curves, data
+    return dict(rows=rows), curves, data
 
 
 def table(rows):
-    """The Markdown table of a comparison: mean ± std of seeds; of paired differences, mean and 95 % interval (Student's)."""
+    """The Markdown table of a comparison: mean ± std of seeds; for paired differences, mean and 95 % interval."""
     n, lines = rows[0]["seeds"], []
     for when, prefix in (("end", "last_"), ("best Val-IID", "")):
         for row in rows:
@@ -447,8 +435,7 @@ def table(rows):
 
 
 def plot(path, curves):
-    """Answers and programs against interactions, each seed and their mean, and after each phase, too: a vertical step is
-    what learning anew did."""
+    """Answers and programs against interactions, each seed and the mean; a vertical step is what learning anew did."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axis, what in zip(figure.subplots(1, 2), ("acc", "program_acc")):
@@ -545,14 +532,11 @@ def main(argv=None):
     out_dir, device = Path(args.out_dir), torch.device(args.device)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     sizes = [sum(p.numel() for p in new_agent(kind, args, device)[0].parameters()) for kind in ("generator", "engine")]
-    print(f"{name}, float32 (too small for bfloat16 to pay), {args.data} images, parameters: generator {sizes[0]:,}, "
-          f"{args.modules} engine {sizes[1]:,}")
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")
+    print(f"{name}, float32 (bfloat16 would not pay), {args.data} images, {sizes[0]:,} + {sizes[1]:,} parameters")
+    torch.set_float32_matmul_precision("high" if args.device == "cuda" else "highest")
     if args.compare:
-        rows, curves, data = compare(args, device, out_dir)
-        result = dict(rows=rows)
-        print("\n" + table(rows))
+        result, curves, data = compare(args, device, out_dir)
+        print("\n" + table(result["rows"]))
     else:
         data = load(args, args.seed, device)
         result, records = train(args, data, device, out_dir)
@@ -561,8 +545,7 @@ def main(argv=None):
     for split in ("val_iid", "val_ood"):  # so that an accuracy can be read
         _, questions, answers = getattr(data, split)
         rates = torch.stack([answers[questions == i].float().mean() for i in questions.unique()])
-        print(f"{split}: blind, always no {1 - rates.mean():.3f}, the best for each question "
-              f"{rates.maximum(1 - rates).mean():.3f}")
+        print(f"{split}: the best blind answer to each question is right in {rates.maximum(1 - rates).mean():.3f}")
     result.update(device=name, dataset=args.data, seed=args.seed, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:

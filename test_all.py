@@ -547,8 +547,9 @@ class NMNIterated(unittest.TestCase):
         programs = programs.masked_fill((programs == 0).cummax(1).values, 0)
         images = torch.randint(256, (len(programs), 9, 300), dtype=torch.uint8)
         for kind in ("tensor --spectral_norm", "film"):
-            engine = nmn_iterated.Engine(nmn_iterated.parse_flags(f"--width 8 --modules {kind}".split())).eval()
-            singly, matrices = [], [conv.matrices() for conv in engine.cells.convs]
+            engine = nmn_iterated.Engine(nmn_iterated.parse_flags(f"--width 8 --modules {kind}".split()))
+            for _ in range(600):  # until the power iterations of the spectral norm stand still
+                singly, matrices = [], [conv.matrices() for conv in engine.cells.convs]
             for image, tokens in zip(images, programs.tolist()):
                 scene, stack, zero = engine.stem(image[None] / 255.0).flatten(1), [], torch.zeros(1, 72)
                 for token in (token for token in reversed(tokens) if token):
