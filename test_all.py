@@ -559,7 +559,6 @@ class NMNIterated(unittest.TestCase):
             logits, valid = engine(images, programs)
             torch.testing.assert_close(*((x, torch.autograd.grad(x.square().sum(), list(engine.cells.parameters())))
                                          for x in (logits, torch.stack(singly))), atol=1e-5, rtol=1e-4)
-            self.assertFalse(engine(images[:1], true[:1])[0].equal(engine(images[1:2], true[:1])[0]))  # they look
         self.assertTrue(valid[:len(true)].all() and not valid[-1] and valid.sum() < len(true) + 10)
 
     def test_reinforce(self):  # samples estimate the gradient of the expected reward, over all programs of two tokens
@@ -592,7 +591,6 @@ class NMNIterated(unittest.TestCase):
         learning, still = states(), states("--lr", 0)
         for phase, (kind, other) in enumerate((pair, pair[::-1]), 1):
             self.assertTrue(learning[phase - 1, 4][other].equal(learning[phase, 4][other]))  # frozen
-            self.assertFalse(learning[phase, 2][kind].equal(learning[phase, 4][kind]))
             self.assertFalse(still[phase - 1, 4][kind].equal(still[phase, 2][kind]))  # new, where nobody learns
         for kill in ((0, 2), (1, 2), (2, 2), "Ctrl-C"):
             press = lambda *x: signal.raise_signal(signal.SIGINT) or loss(*x)
@@ -600,10 +598,22 @@ class NMNIterated(unittest.TestCase):
                 self.assertEqual(max(states(kill=kill)), (0, 1) if kill == "Ctrl-C" else kill)
             end = states("--resume")[3, 4]
             self.assertTrue(all(end[kind].equal(learning[3, 4][kind]) for kind in pair), kill)
-        for flags, words in (("--given 136", "136; allowed: 135"), ("--compare --generations 1", "--generations 1; allowed: 2"),
+        for flags, words in (("--given 136", "136; allowed: 135"), ("--compare --generations 1", "1; allowed: 2 or"),
                              ("--lr nan", "--lr nan; allowed"), ("--resume --width 9", "width 8 there, 9 here")):
             status, printed = run(nmn_iterated.main, *self.TINY, out, *flags.split())
             self.assertTrue(status == 2 and re.search(f"ERROR: .*{words}", printed), printed)
+
+    def test_compare_and_tables(self):
+        self.addCleanup(shutil.rmtree, out := tempfile.mkdtemp())
+        flags = [*self.TINY, out, "--compare", "--eval_interval", 9]
+        one = run(nmn_iterated.main, *flags)[0]["rows"]
+        two = run(nmn_iterated.main, *flags, "--seeds", 2, "--resume")[0]["rows"]
+        self.assertEqual(*([row["runs"][key][0] for row in rows for key in nmn_iterated.SCORES] for rows in (one, two)))
+        row = type("Row", (dict,), dict(__missing__=lambda *_: 0.4))(name="difference", seeds=4)
+        self.assertIn("+0.400 (-0.236 to +1.036)", nmn_iterated.table([row]))  # 3.182 x 0.4 / 2
+        for path in ROOT.glob("results/nmn_iterated_compare*.json"):
+            table = nmn_iterated.table(json.loads(path.read_text())["rows"])
+            self.assertTrue(table in (ROOT / "README.md").read_text(), f"{path}\n{table}")
 
     def test_shapes(self):
         scene = torch.tensor([[1, 2], [0, 0], [0, 0], [3, 1], [1, 3]] + [[0, 0]] * 4).view(1, 3, 3, 2)
