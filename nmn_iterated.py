@@ -449,7 +449,7 @@ def plot(path, curves):
             for end in {r["interactions"] for r in runs[0] if r["end"] and r["phase"] == "interacting"}:
                 axis.axvline(end, color="0.85", zorder=0)
         axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
