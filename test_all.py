@@ -572,7 +572,7 @@ class NMNIterated(unittest.TestCase):
             loss, _ = nmn_iterated.loss_of("interacting", generator, judge, shapes, rows, asked[:0], 0.3, None, args)
         expected = (p * ((programs[:, 0] > 3) & (programs[:, 0] % 2 == 0))).sum()
         exact, sampled = (torch.autograd.grad(x, generator.out.bias)[0] for x in (-expected, loss))
-        self.assertTrue(abs(p.sum() - 1) < 1e-5 and (sampled - exact).abs().max() < 0.006 < exact.abs().max() / 5, sampled)
+        self.assertTrue(abs(p.sum() - 1) < 1e-5 and (sampled - exact).abs().max() < 0.006 < exact.abs().max() / 5)
 
     def test_phases_and_resume(self):
         def states(*flags, kill=None):  # {(phase, step): the weights saved there}
