@@ -1,15 +1,14 @@
 """
 Neural module networks, in the manner of "Iterated Learning for Emergent Systematicity in VQA" (arXiv 2105.01119).
 
-A generator reads a question q and says a program z, token by token. An engine runs z on the image x, one neural module
-a token, and answers y. They learn jointly, with z* the few programs that are given, r = 1 where a well-formed program
-got the right answer, and b the moving average of r:
+A generator says a program z for a question q. An engine runs z on the image x, a neural module a token, and answers y.
+They learn jointly, with z* the few programs that are given, r = 1 where a well-formed program got the right answer, and
+b the moving average of r:
 
     L_engine = -log p(y | x, z), z ~ p(z | q)        L_generator = -(r - b) log p(z | q) - mean of log p(z* | q)
 
 That makes answers right, not programs systematic. So there are generations: the generator's language is sampled, a new
 generator learns it in few steps, a new engine learns to run what that one says, and these two learn jointly in turn.
-What is irregular is hard to learn again.
 
     python nmn_iterated.py                the language, generation by generation
     python nmn_iterated.py --compare      beside the same agents without generations, with equally many interactions
@@ -38,11 +37,12 @@ END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the lo
 SEEN = 135  # the first questions are those of training, the rest those of Val-OOD
 DEFAULTS = {
     "cpu": dict(batch=128, hidden=64, interact_steps=1500, generator_steps=100, engine_steps=2000, generations=3),
-    "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=100, engine_steps=1500, generations=4),
+    "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=50, engine_steps=1500, generations=4),
 }
-REPORTED = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
-REPORTED += [f"last_{key}" for key in REPORTED] + ["train_acc", "program_acc", "seconds"]
-FIXED = "modules width hidden spectral_norm interact_steps generator_steps engine_steps transmitted".split()
+SCORES = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
+REPORTED = [*SCORES, *(f"last_{key}" for key in SCORES), "train_acc", "program_acc", "seconds"]
+FREE = "generations seeds plot out_dir resume eval_interval compare device".split()  # may change with --resume
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # Student's t for 2, 3, ... seeds
 
 
 # -------- The program generator. B questions, T words or tokens, V tokens, H hidden units.
@@ -75,26 +75,25 @@ class Generator(nn.Module):
         return self.out(torch.cat([h, context], -1)), (h, c, context)
 
 
-def speak(generator, words, lengths, forced=None, sampled=False, source=None):
-    """Programs (B, T) int64 for questions, sampled or token by token the likeliest, and log p (B,) of each.
-
-    Where forced (B, T) is not -1, it is said instead. After <end> everything is <end> and counts for nothing."""
+def speak(generator, data, questions, forced=None, sampled=False):
+    """Programs (B, T) int64 for questions (B,), sampled or token by token the likeliest, and log p (B,) of each. Where
+    forced (B, T) is not -1, it is said instead. After <end> everything is <end> and counts for nothing."""
+    noise = torch.zeros(len(questions), LENGTH, len(TOKENS), device=questions.device)
     if sampled:  # the largest of logits + Gumbel noise is a sample of their softmax
-        uniform = torch.rand(len(words), LENGTH, len(TOKENS), device=words.device, generator=source)
-        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-    memory, state = generator.read(words, lengths)
-    token, ended = torch.full_like(lengths, START), torch.zeros_like(lengths, dtype=torch.bool)
-    tokens, log_p = [], 0.0
+        noise = -noise.exponential_().log()
+    if forced is not None:
+        others = forced[:, :LENGTH, None] != torch.arange(len(TOKENS), device=questions.device)
+        noise = noise.masked_fill(others & (forced[:, :LENGTH, None] >= 0), -math.inf)
+    memory, state = generator.read(data.words[questions], data.lengths[questions])
+    token, said = torch.full_like(questions, START), []
     for t in range(LENGTH):
         logits, state = generator.write(memory, state, token)
-        token = (logits + noise[:, t] if sampled else logits).argmax(-1)
-        if forced is not None:
-            token = torch.where(forced[:, t] < 0, token, forced[:, t])
-        token = token.masked_fill(ended, END)
-        log_p = log_p + logits.log_softmax(-1).gather(1, token[:, None])[:, 0].masked_fill(ended, 0)
-        ended = ended | (token == END)
-        tokens.append(token)
-    return torch.stack(tokens, 1), log_p
+        token = (logits + noise[:, t]).argmax(-1)
+        said.append((logits, token))
+    logits, tokens = (torch.stack(x, 1) for x in zip(*said))                                    # (B, T, V), (B, T)
+    ended = (tokens == END).cumsum(1) - (tokens == END).long() > 0
+    log_p = logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    return tokens.masked_fill(ended, END), log_p.masked_fill(ended, 0).sum(1)
 
 
 # -------- Execution engines. A batch of programs runs from right to left, a position of all of them at once. The state
@@ -103,20 +102,14 @@ def speak(generator, words, lengths, forced=None, sampled=False, source=None):
 def parse(programs):
     """programs (B, T) in prefix order -> where the second operand of each token begins (B, T), T if there is none, and
     whether a program is one whole expression (B,). A first operand begins next to its token."""
-    T = programs.shape[1]
-    length = (programs != END).long().cumprod(1).sum(1)
+    T, place = programs.shape[1], torch.arange(programs.shape[1] + 1, device=programs.device)
+    length = (programs != END).long().cumprod(1).sum(1, keepdim=True)                           # (B, 1)
     arity = (programs > SCENE).long() + (programs == AND)
-    ends = length[:, None].repeat(1, T + 1)  # where the expression that begins at t ends; past the last token, there
-    second, wellformed = torch.full_like(programs, T), length > 0
-    for t in reversed(range(T)):
-        inside, one = t < length, torch.full_like(length, t + 1).minimum(length)
-        two = ends.gather(1, one[:, None])[:, 0]
-        three = ends.gather(1, two[:, None])[:, 0]
-        places = torch.stack([torch.zeros_like(one), one, two, three], 1)
-        ends[:, t] = torch.where(inside, places.gather(1, arity[:, t:t + 1] + 1)[:, 0], length)
-        second[:, t] = torch.where(inside & (arity[:, t] == 2) & (two < length), two, T)
-        wellformed = wellformed & ~(inside & (places.gather(1, arity[:, t:t + 1])[:, 0] >= length))
-    return second, wellformed & (ends[:, 0] == length)
+    wanted = F.pad(((arity - 1) * (place[:T] < length)).cumsum(1), (1, 0))  # (B, T + 1): operands, by the tokens before
+    closed = (wanted[:, None] == wanted[:, :T, None] - 1) & (place > place[:T, None])           # (B, T, T + 1)
+    ends = torch.where(closed, place, T + 1).amin(2)  # where the expression that begins at a token ends
+    second = F.pad(ends[:, 1:], (0, 1), value=T + 1)
+    return torch.where((programs == AND) & (second < length), second, T), ends[:, 0] == length[:, 0]
 
 
 class Conv(nn.Module):
@@ -125,7 +118,7 @@ class Conv(nn.Module):
     def __init__(self, C, D, V=1, spectral_norm=False):
         super().__init__()
         bound = (9 * C) ** -0.5
-        self.weight = nn.Parameter(torch.empty(9, C, V, D).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(V, 9, C, D).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(V, D).uniform_(-bound, bound))
         steps = [(3 * (y - r) + x - c + 4 if abs(y - r) < 2 and abs(x - c) < 2 else 9)  # from cell (y, x) to (r, c)
                  for y in range(3) for x in range(3) for r in range(3) for c in range(3)]
@@ -135,23 +128,23 @@ class Conv(nn.Module):
     def matrices(self):
         """The weights as V matrices (9C, 9D), side by side (9C, V 9D) on CUDA; to be made once a batch. With spectral
         norm, each over its largest singular value, which a power iteration follows from step to step."""
-        padded = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
-        spread = padded.index_select(0, self.steps).unflatten(0, (9, 9))                        # (9, 9, C, V, D)
-        W = spread.permute(3, 0, 2, 1, 4).flatten(3).flatten(1, 2)                              # (V, 9C, 9D)
+        padded = torch.cat([self.weight, torch.zeros_like(self.weight[:, :1])], 1)
+        spread = padded.index_select(1, self.steps).unflatten(1, (9, 9))                        # (V, 9, 9, C, D)
+        W = spread.transpose(2, 3).flatten(3).flatten(1, 2)                                     # (V, 9C, 9D)
         if self.u is not None:
-            if self.training:
-                with torch.no_grad():
-                    self.u.copy_(F.normalize(W.mT @ F.normalize(W @ self.u, dim=1), dim=1))
+            if torch.is_grad_enabled():
+                self.u.copy_(F.normalize(W.mT @ F.normalize(W @ self.u, dim=1), dim=1).detach())
             W = W / (W @ self.u.clone()).norm(dim=1, keepdim=True)
         return W.transpose(0, 1).flatten(1) if W.is_cuda or len(W) == 1 else W.unbind()
 
     def forward(self, x, matrices, token=None):
-        """token (B,) chooses the weights, if there are several; x being sorted by token, it may be the list (V,) of how
-        many examples each token has."""
+        """token (B,) chooses the weights, if there are several."""
         bias = self.bias.repeat(1, 9)                                                           # (V, 9D)
-        if isinstance(token, list):
-            parts = zip(x.split(token), matrices, bias.unbind())
-            return torch.cat([torch.addmm(b, part, W) if v > END else part for v, (part, W, b) in enumerate(parts)])
+        if isinstance(matrices, tuple):
+            order, counts = token.argsort(), token.bincount(minlength=len(bias)).tolist()
+            parts = enumerate(zip(x.index_select(0, order).split(counts), matrices, bias))
+            y = [torch.addmm(b, part, W) if v > END and len(part) else part for v, (part, W, b) in parts]
+            return torch.cat(y).index_select(0, order.argsort())
         y = torch.addmm(bias.flatten(), x, matrices)  # every token's for every example: no wait for how many each has
         if token is None:
             return y
@@ -167,15 +160,12 @@ class TensorModules(nn.Module):
         self.join = nn.Linear(2 * D, D)
 
     def forward(self, scene, first, second, token, matrices):
-        pair = torch.cat([first.unflatten(1, (9, -1)), second.unflatten(1, (9, -1))], -1)       # (B, 9, 2D)
-        x = torch.where((token == AND)[:, None], F.relu(self.join(pair)).flatten(1), first)
-        x, groups = torch.where((token == SCENE)[:, None], scene, x), token
-        if not x.is_cuda:
-            order = token.argsort()
-            x, groups = x.index_select(0, order), token.bincount(minlength=len(TOKENS)).tolist()
-        y = F.relu(self.convs[0](x, matrices[0], groups))
-        x = F.relu(x + self.convs[1](y, matrices[1], groups))
-        return x if x.is_cuda else x.index_select(0, order.argsort())
+        x = torch.where((token == SCENE)[:, None], scene, first)
+        if second is not None:
+            pair = torch.cat([first.unflatten(1, (9, -1)), second.unflatten(1, (9, -1))], -1)   # (B, 9, 2D)
+            x = torch.where((token == AND)[:, None], F.relu(self.join(pair)).flatten(1), x)
+        y = F.relu(self.convs[0](x, matrices[0], token))
+        return F.relu(x + self.convs[1](y, matrices[1], token))
 
 
 class FilmModules(nn.Module):
@@ -188,7 +178,8 @@ class FilmModules(nn.Module):
         self.convs = nn.ModuleList(Conv(D, D, 1, spectral_norm) for _ in range(2))
 
     def forward(self, scene, first, second, token, matrices):
-        x = F.relu(self.join(torch.cat([x.unflatten(1, (9, -1)) for x in (scene, first, second)], 2)))     # (B, 9, D)
+        inputs = scene, first, torch.zeros_like(first) if second is None else second
+        x = F.relu(self.join(torch.cat([x.unflatten(1, (9, -1)) for x in inputs], 2)))          # (B, 9, D)
         (g1, b1), (g2, b2) = (film(token)[:, None].chunk(2, 2) for film in self.films)          # (B, 1, D) each
         y = F.relu(self.convs[0](((1 + 2 * torch.tanh(g1)) * x + b1).flatten(1), matrices[0])).unflatten(1, (9, -1))
         return F.relu(x.flatten(1) + self.convs[1](((1 + 2 * torch.tanh(g2)) * y + b2).flatten(1), matrices[1]))
@@ -197,30 +188,25 @@ class FilmModules(nn.Module):
 class Engine(nn.Module):
     def __init__(self, args):
         super().__init__()
-        D = args.width
-        self.stem = nn.Sequential(nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, D), nn.ReLU())  # a cell is 10 x 10 x 3
-        self.cells = (TensorModules if args.modules == "tensor" else FilmModules)(D, args.spectral_norm)
-        self.classifier = nn.Sequential(nn.Linear(D, 128), nn.ReLU(), nn.Linear(128, 2))
-
-    def classify(self, state):
-        """The state (B, 9D) of a program -> logits (B, 2) of no and yes, from the largest of each channel."""
-        return self.classifier(state.unflatten(1, (9, -1)).amax(1))
+        self.stem = nn.Sequential(nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, args.width), nn.ReLU())
+        self.cells = (TensorModules if args.modules == "tensor" else FilmModules)(args.width, args.spectral_norm)
+        self.classifier = nn.Sequential(nn.Linear(args.width, 128), nn.ReLU(), nn.Linear(128, 2))
 
     def forward(self, images, programs):
-        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2), from the first token's state; wellformed (B,)."""
+        """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2) of no and yes, if they are well-formed (B,)."""
         (second, wellformed), T = parse(programs), programs.shape[1]
         scene = self.stem(images / 255.0).flatten(1)                                            # (B, 9D)
         matrices = [conv.matrices() for conv in self.cells.convs]
         states = [torch.zeros_like(scene)]  # of position T, then T - 1, ...
+        seen = self.cells(scene, states[0], None, torch.full_like(programs[:, 0], SCENE), matrices)
         for t in reversed(range(T)):
-            token, operand = programs[:, t], states[0]
+            token, operand = programs[:, t], None
             if token.is_cuda or (token == AND).any():
                 index = (T - second[:, t]).view(-1, 1, 1).expand(-1, 1, scene.shape[1])
                 operand = torch.stack(states, 1).gather(1, index)[:, 0]
-            first = states[-1].masked_fill((token == SCENE)[:, None], 0)
-            state = self.cells(scene, first, operand, token, matrices)
-            states.append(state.masked_fill((token == END)[:, None], 0))
-        return self.classify(states[-1]), wellformed
+            state = self.cells(scene, states[-1], operand, token.masked_fill(token == SCENE, END), matrices)
+            states.append(torch.where((token == SCENE)[:, None], seen, state.masked_fill((token == END)[:, None], 0)))
+        return self.classifier(states[-1].unflatten(1, (9, -1)).amax(1)), wellformed
 
 
 # -------- Loss
@@ -238,7 +224,7 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
     given = given[:0] if phase == "engine" else given
     asked, forced = torch.cat([questions, given]), torch.cat([forced, data.programs[given]])
     with torch.set_grad_enabled(phase != "engine"):
-        programs, log_p = speak(generator, data.words[asked], data.lengths[asked], forced, sampled=True)
+        programs, log_p = speak(generator, data, asked, forced, sampled=True)
     said, supervised = log_p.tensor_split([len(rows)])
     supervised = -supervised.sum() / max(1, len(given))
     if phase == "generator":
@@ -253,16 +239,13 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
 
 @torch.no_grad()
 def evaluate(generator, engine, data, transmitted):
-    """What is right on Val-IID and Val-OOD, of greedy programs; without a generator, of true ones. Leaves the random
-    numbers of training alone."""
-    engine.eval()
+    """What is right on Val-IID and Val-OOD, of greedy programs; without a generator, of true ones."""
     found, programs = {}, data.programs
     if generator is not None:
-        programs, _ = speak(generator, data.words, data.lengths)
-        questions = torch.arange(16 * SEEN, device=programs.device) % SEEN
-        source = torch.Generator(programs.device).manual_seed(0)
-        log_p = speak(generator, data.words[questions], data.lengths[questions], sampled=True, source=source)[1]
-        found["entropy"] = -log_p.mean().item()  # nats a program
+        questions = torch.arange(len(QUESTIONS), device=data.words.device)
+        programs, _ = speak(generator, data, questions)
+        torch.manual_seed(0)  # every step of training sets its own
+        found["entropy"] = -speak(generator, data, questions[:SEEN].repeat(16), sampled=True)[1].mean().item()  # nats
     right, valid = (programs == data.programs).all(1).float(), parse(programs)[1].float()
     for split, part in (("val_iid", slice(SEEN)), ("val_ood", slice(SEEN, None))):
         batches = zip(*(x.split(2048) for x in getattr(data, split)))
@@ -273,7 +256,6 @@ def evaluate(generator, engine, data, transmitted):
         found["agreement"] = (programs[transmitted[0]] == transmitted[1]).all(1).float().mean().item()
     found["said"] = [f"{english(QUESTIONS[i])}: {' '.join(TOKENS[token] for token in programs[i] if token)}"
                      for i in (0, 147, 190, 217)]
-    engine.train()
     return found
 
 
@@ -284,18 +266,18 @@ def replayed(step, device):
     if device.type != "cuda":
         return step
     side, graph, results = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+    torch.cuda.synchronize()
 
     def call():
+        if len(results) < 3:  # warm, on a side stream, as capturing wants it
+            with torch.cuda.stream(side):
+                results.append(step())
+            torch.cuda.synchronize()
+            return results[-1]
         if len(results) == 3:
             with torch.cuda.graph(graph):
                 results.append(step())
-        if len(results) > 3:
-            graph.replay()
-        else:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                results.append(step())
-            torch.cuda.current_stream().wait_stream(side)
+        graph.replay()
         return results[-1]
 
     return call
@@ -312,8 +294,8 @@ def load_checkpoint(path, device, args):
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
     state = torch.load(path, map_location=device, weights_only=True)
-    there = state["args"]
-    if differing := [f"{x} {there[x]} there, {vars(args)[x]} here" for x in FIXED if there[x] != vars(args)[x]]:
+    if differing := [f"{x} {there} there, {vars(args)[x]} here" for x, there in state["args"].items()
+                     if x not in FREE and there != vars(args)[x]]:
         fail(f"--resume: {path} is another run: {'; '.join(differing)}")
     return state
 
@@ -321,7 +303,8 @@ def load_checkpoint(path, device, args):
 def new_agent(kind, args, device):
     """A fresh generator or engine, and an optimiser that knows nothing of the one before."""
     agent = (Engine(args) if kind == "engine" else Generator(args.hidden)).to(device)
-    return agent, torch.optim.Adam(agent.parameters(), args.lr, fused=True, capturable=device.type == "cuda")
+    return agent, torch.optim.AdamW(agent.parameters(), args.lr, weight_decay=args.weight_decay, fused=True,
+                                    capturable=device.type == "cuda")
 
 
 def train(args, data, device, out_dir):
@@ -329,9 +312,8 @@ def train(args, data, device, out_dir):
     began = time.time()
     given = torch.randperm(SEEN, generator=torch.Generator().manual_seed(args.seed))[:args.given].to(device)
     phases = dict(interacting=args.interact_steps, generator=args.generator_steps, engine=args.engine_steps)
-    schedule = [(g, *phase) for g in range(args.generations) for phase in phases.items() if phase[1]]
-    while schedule[-1][1] != "interacting":  # the last generation has no heirs
-        schedule.pop()
+    schedule = [(g, phase, steps) for g in range(args.generations) for phase, steps in phases.items()
+                if phase == "interacting" or steps and g + 1 < args.generations]  # the last generation has no heirs
     if args.true_programs:
         schedule = [(0, "engine", args.interact_steps)]
     torch.manual_seed(1_000_003 * args.seed)
@@ -340,6 +322,7 @@ def train(args, data, device, out_dir):
     if args.resume:
         state = load_checkpoint(out_dir / "checkpoint.pt", device, args)
         number, done, records, transmitted = state["number"], state["done"], state["records"], state["transmitted"]
+        began -= state["seconds"]
         baseline.copy_(state["baseline"])
         for kind, saved in state["agents"].items():
             for part, content in zip(agents[kind], saved):
@@ -357,17 +340,15 @@ def train(args, data, device, out_dir):
         torch.manual_seed(1_000_003 * args.seed + 500_000 + number)
         if not done and phase == "generator":  # the old one speaks for the last time
             questions = torch.randint(SEEN, (args.transmitted,), device=device)
-            with torch.no_grad():
-                words, lengths = data.words[questions], data.lengths[questions]
-                transmitted = questions, speak(agents["generator"][0], words, lengths, sampled=True)[0]
+            transmitted = questions, speak(agents["generator"][0], data, questions, sampled=True)[0]
         if not done and (phase == "generator" or phase == "engine" and not args.keep_engine):
             agents[phase] = new_agent(phase, args, device)
         generator, engine = agents["generator"][0], agents["engine"][0]
         learning = [optimizer for kind, (_, optimizer) in agents.items() if phase in (kind, "interacting")]
 
         def step():
-            choices = args.transmitted if phase == "generator" else len(data.train[0])
-            rows = torch.randint(choices, (args.batch,), device=device)
+            known = transmitted if phase == "generator" else data.train
+            rows = torch.randint(len(known[0]), (args.batch,), device=device)
             loss, right = loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, args)
             if phase == "interacting":
                 baseline.lerp_(right.mean(), 0.1)
@@ -399,7 +380,7 @@ def train(args, data, device, out_dir):
                     bar.write("\n    ".join([f"{generation} {phase:12}{numbers}", *found["said"]]))
                 state = dict(args=vars(args), number=number, done=t + 1, records=records, transmitted=transmitted)
                 state["agents"] = {kind: [part.state_dict() for part in agent] for kind, agent in agents.items()}
-                save_checkpoint(out_dir / "checkpoint.pt", state | dict(baseline=baseline))
+                save_checkpoint(out_dir / "checkpoint.pt", state | dict(baseline=baseline, seconds=time.time() - began))
             if stop:
                 bar.close()
                 fail(f"interrupted; {out_dir / 'checkpoint.pt'} is saved, --resume goes on", status=130)
@@ -414,44 +395,61 @@ def train(args, data, device, out_dir):
 
 
 def compare(args, device, out_dir):
-    """Both arms from the same images, weights and given programs: (metrics, {name: records of the last seed}, data)."""
+    """Both arms from the same images, weights and given programs: (metrics, {name: records of each seed}, data). A run
+    has its folder; with --resume it goes on there, or is read, if it had ended."""
     steps = args.generations * args.interact_steps
     arms = {"no generations": dict(generations=1, interact_steps=steps), "iterated": {}}
-    runs, curves = {name: [] for name in arms}, {}
+    runs, curves, rows = {name: [] for name in arms}, {name: [] for name in arms}, []
     for seed in range(args.seed, args.seed + args.seeds):
         data = load(args, seed, device)
         for name, changes in arms.items():
-            arm = argparse.Namespace(**vars(args) | changes | dict(seed=seed))
             folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
-            metrics, curves[name] = train(arm, data, device, folder)
+            resume = args.resume and (folder / "checkpoint.pt").exists()
+            arm = argparse.Namespace(**vars(args) | changes | dict(seed=seed, resume=resume))
+            metrics, records = train(arm, data, device, folder)
             runs[name].append([metrics[key] for key in REPORTED])
+            curves[name].append(records)
     runs = {name: torch.tensor(run, dtype=torch.float64) for name, run in runs.items()}         # (seeds, metrics)
     runs["difference"] = runs["iterated"] - runs["no generations"]
-    rows = []
-    print(f"\nmean ± std, seeds: {args.seeds}" + "".join(f"{key[4:]:>22}" for key in REPORTED[:4]))
     for name, run in runs.items():
-        mean, spread = run.mean(0).tolist(), run.std(0, correction=min(1, args.seeds - 1)).tolist()
-        rows.append(dict(name=name, seeds=args.seeds, **dict(zip(REPORTED, mean)),
-                         **{f"{key}_std": value for key, value in zip(REPORTED, spread)}))
-        for when, i in (("best Val-IID", 0), ("end", 4)):
-            pairs = list(zip(mean, spread))[i:i + 4]
-            print(f"{name}, {when}".ljust(28) + "".join(f"{a:>14.3f} ± {b:.3f}" for a, b in pairs))
+        row = dict(name=name, seeds=args.seeds, runs=dict(zip(REPORTED, run.T.tolist())))
+        for key, mean, std in zip(REPORTED, run.mean(0).tolist(), run.std(0, correction=args.seeds > 1).tolist()):
+            row.update({key: mean, f"{key}_std": std})
+        rows.append(row)
     return dict(rows=rows), curves, data
 
 
+def table(rows):
+    """The Markdown table of a comparison: mean ± std of seeds; for paired differences, mean and 95 % interval."""
+    n, lines = rows[0]["seeds"], []
+    for when, prefix in (("end", "last_"), ("best Val-IID", "")):
+        for row in rows:
+            lines.append([f"{row['name']}, {when}"])
+            for key in (prefix + key for key in SCORES):
+                mean, std = row[key], row[f"{key}_std"]
+                half = T95[min(n - 2, len(T95) - 1)] * std / n ** 0.5
+                paired = f"{mean:+.3f}" + f" ({mean - half:+.3f} to {mean + half:+.3f})" * (n > 1)
+                lines[-1].append(paired if row["name"] == "difference" else f"{mean:.3f} ± {std:.3f}")
+    heads = [f"seeds: {n}", "Val-IID answers", "Val-IID programs", "Val-OOD answers", "Val-OOD programs"]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * 5, *lines))
+
+
 def plot(path, curves):
-    """Answers and programs against interactions, after each phase, too: a vertical step is what learning anew did."""
+    """Answers and programs against interactions, each seed and the mean; a vertical step is what learning anew did."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axis, what in zip(figure.subplots(1, 2), ("acc", "program_acc")):
-        for colour, (name, records) in enumerate(curves.items()):
+        for colour, (name, runs) in enumerate(curves.items()):
+            steps = [r["interactions"] for r in runs[0]]
             for split, style in (("iid", ":"), ("ood", "-")):
-                points = [(r["interactions"], r[f"val_{split}_{what}"]) for r in records]
-                axis.plot(*zip(*points), style, color=f"C{colour}", marker=".", label=f"{name}, Val-{split.upper()}")
-            for end in {r["interactions"] for r in records if r["end"] and r["phase"] == "interacting"}:
+                values = torch.tensor([[r[f"val_{split}_{what}"] for r in records] for records in runs])
+                if split == "ood" and len(runs) > 1:
+                    axis.plot(steps, values.T, color=f"C{colour}", linewidth=0.5, alpha=0.4)
+                axis.plot(steps, values.mean(0), style, color=f"C{colour}", label=f"{name}, Val-{split.upper()}")
+            for end in {r["interactions"] for r in runs[0] if r["end"] and r["phase"] == "interacting"}:
                 axis.axvline(end, color="0.85", zorder=0)
         axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -486,7 +484,8 @@ def parse_flags(argv):
     optimisation("--keep_engine", action="store_true", help="renew the generator alone")
     optimisation("--true_programs", action="store_true", help="no generator: the engine learns with true programs")
     optimisation("--batch", type=int, help="images, or programs, a step")
-    optimisation("--lr", type=float, default=1e-3, help="learning rate of Adam")
+    optimisation("--lr", type=float, default=1e-3, help="learning rate of AdamW")
+    optimisation("--weight_decay", type=float, default=0.0, help="of AdamW")
     run = parser.add_argument_group("run").add_argument
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=0, help="of images, given programs, weights and samples")
@@ -502,12 +501,12 @@ def parse_flags(argv):
         args = parser.parse_args(argv)
     args.generations = 1 if args.true_programs else args.generations
     lowest = dict(images=1, given=0, width=1, hidden=1, generations=1, interact_steps=1, transmitted=1, batch=1, lr=0,
-                  generator_steps=0, engine_steps=0, seeds=1, seed=0, eval_interval=1)
+                  weight_decay=0, generator_steps=0, engine_steps=0, seeds=1, seed=0, eval_interval=1)
     for wrong, message in (
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
             (args.given > SEEN, f"--given {args.given}; allowed: {SEEN} or fewer"),
-            (args.compare and (args.resume or args.generations < 2), "--compare; allowed: 2 generations, no --resume"),
+            (args.compare and args.generations < 2, f"--compare --generations {args.generations}; allowed: 2 or more"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
@@ -533,12 +532,11 @@ def main(argv=None):
     out_dir, device = Path(args.out_dir), torch.device(args.device)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     sizes = [sum(p.numel() for p in new_agent(kind, args, device)[0].parameters()) for kind in ("generator", "engine")]
-    print(f"{name}, float32 (too small for bfloat16 to pay), {args.data} images, parameters: generator {sizes[0]:,}, "
-          f"{args.modules} engine {sizes[1]:,}")
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")
+    print(f"{name}, float32 (bfloat16 would not pay), {args.data} images, {sizes[0]:,} + {sizes[1]:,} parameters")
+    torch.set_float32_matmul_precision("high" if args.device == "cuda" else "highest")
     if args.compare:
         result, curves, data = compare(args, device, out_dir)
+        print("\n" + table(result["rows"]))
     else:
         data = load(args, args.seed, device)
         result, records = train(args, data, device, out_dir)
@@ -547,14 +545,16 @@ def main(argv=None):
     for split in ("val_iid", "val_ood"):  # so that an accuracy can be read
         _, questions, answers = getattr(data, split)
         rates = torch.stack([answers[questions == i].float().mean() for i in questions.unique()])
-        print(f"{split}: blind, always no {1 - rates.mean():.3f}, the best for each question "
-              f"{rates.maximum(1 - rates).mean():.3f}")
+        print(f"{split}: the best blind answer to each question is right in {rates.maximum(1 - rates).mean():.3f}")
     result.update(device=name, dataset=args.data, seed=args.seed, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, curves if args.compare else {f"{args.generations} generations": records})
+        plot(args.plot, curves if args.compare else {f"{args.generations} generations": [records]})
     return result
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)

@@ -548,23 +548,24 @@ class NMNIterated(unittest.TestCase):
             "--eval_interval 2 --generator_steps 4 --engine_steps 4 --transmitted 50 --out_dir").split()
 
     def test_batches_run_as_one_by_one(self):
+        torch.manual_seed(0)
         true = questions.question_tensors()["programs"][::6]
         programs = torch.cat([true, torch.randint(13, (40, 8)), 0 * true[:1]])  # most of them ill-formed
         programs = programs.masked_fill((programs == 0).cummax(1).values, 0)
         images = torch.randint(256, (len(programs), 9, 300), dtype=torch.uint8)
         for kind in ("tensor --spectral_norm", "film"):
-            engine = nmn_iterated.Engine(nmn_iterated.parse_flags(f"--width 8 --modules {kind}".split())).eval()
-            singly, matrices = [], [conv.matrices() for conv in engine.cells.convs]
+            engine = nmn_iterated.Engine(nmn_iterated.parse_flags(f"--width 8 --modules {kind}".split()))
+            for _ in range(600):  # until the power iterations of the spectral norm stand still
+                singly, matrices = [], [conv.matrices() for conv in engine.cells.convs]
             for image, tokens in zip(images, programs.tolist()):
                 scene, stack, zero = engine.stem(image[None] / 255.0).flatten(1), [], torch.zeros(1, 72)
                 for token in (token for token in reversed(tokens) if token):
                     operands = [stack.pop() if stack and i < (token > 1) + (token == 12) else zero for i in (0, 1)]
                     stack.append(engine.cells(scene, *operands, torch.tensor([token]), matrices))
-                singly.append(engine.classify([zero, *stack][-1])[0])
+                singly.append(engine.classifier([zero, *stack][-1].unflatten(1, (9, -1)).amax(1))[0])
             logits, valid = engine(images, programs)
             torch.testing.assert_close(*((x, torch.autograd.grad(x.square().sum(), list(engine.cells.parameters())))
                                          for x in (logits, torch.stack(singly))), atol=1e-5, rtol=1e-4)
-            self.assertFalse(engine(images[:1], true[:1])[0].equal(engine(images[1:2], true[:1])[0]))  # they look
         self.assertTrue(valid[:len(true)].all() and not valid[-1] and valid.sum() < len(true) + 10)
 
     def test_reinforce(self):  # samples estimate the gradient of the expected reward, over all programs of two tokens
@@ -574,12 +575,11 @@ class NMNIterated(unittest.TestCase):
         asked, rows = torch.full((157,), 7), torch.full((20_000,), 14)  # image 14 asks question 7
         judge = lambda images, said: (torch.eye(2)[(said[:, 0] + shapes.train[2][14]) % 2], said[:, 0] > 3)
         with mock.patch.object(nmn_iterated, "LENGTH", 2):
-            p = nmn_iterated.speak(generator, shapes.words[asked], shapes.lengths[asked], programs)[1].exp()
+            p = nmn_iterated.speak(generator, shapes, asked, programs)[1].exp()
             loss, _ = nmn_iterated.loss_of("interacting", generator, judge, shapes, rows, asked[:0], 0.3, None, args)
         expected = (p * ((programs[:, 0] > 3) & (programs[:, 0] % 2 == 0))).sum()
         exact, sampled = (torch.autograd.grad(x, generator.out.bias)[0] for x in (-expected, loss))
-        self.assertAlmostEqual(p.sum().item(), 1, places=5)
-        self.assertTrue((sampled - exact).abs().max() < 0.006 < exact.abs().max() / 5, (sampled, exact))
+        self.assertTrue(abs(p.sum() - 1) < 1e-5 and (sampled - exact).abs().max() < 0.006 < exact.abs().max() / 5)
 
     def test_phases_and_resume(self):
         def states(*flags, kill=None):  # {(phase, step): the weights saved there}
@@ -597,7 +597,6 @@ class NMNIterated(unittest.TestCase):
         learning, still = states(), states("--lr", 0)
         for phase, (kind, other) in enumerate((pair, pair[::-1]), 1):
             self.assertTrue(learning[phase - 1, 4][other].equal(learning[phase, 4][other]))  # frozen
-            self.assertFalse(learning[phase, 2][kind].equal(learning[phase, 4][kind]))
             self.assertFalse(still[phase - 1, 4][kind].equal(still[phase, 2][kind]))  # new, where nobody learns
         for kill in ((0, 2), (1, 2), (2, 2), "Ctrl-C"):
             press = lambda *x: signal.raise_signal(signal.SIGINT) or loss(*x)
@@ -605,10 +604,20 @@ class NMNIterated(unittest.TestCase):
                 self.assertEqual(max(states(kill=kill)), (0, 1) if kill == "Ctrl-C" else kill)
             end = states("--resume")[3, 4]
             self.assertTrue(all(end[kind].equal(learning[3, 4][kind]) for kind in pair), kill)
-        for flags, words in (("--given 136", "136; allowed: 135"), ("--compare --resume", "--compare; allowed"),
+        for flags, words in (("--given 136", "136; allowed: 135"), ("--compare --generations 1", "1; allowed: 2 or"),
                              ("--lr nan", "--lr nan; allowed"), ("--resume --width 9", "width 8 there, 9 here")):
             status, printed = run(nmn_iterated.main, *self.TINY, out, *flags.split())
             self.assertTrue(status == 2 and re.search(f"ERROR: .*{words}", printed), printed)
+
+    def test_compare_and_tables(self):
+        self.addCleanup(shutil.rmtree, out := tempfile.mkdtemp())
+        one, two = (run(nmn_iterated.main, *self.TINY, out, "--compare", "--eval_interval", 9, *more)[0]["rows"]
+                    for more in ((), ("--seeds", 2, "--resume")))  # of seed 0 the second reads, of seed 1 it trains
+        self.assertEqual(*([row["runs"][key][0] for row in rows for key in nmn_iterated.SCORES] for rows in (one, two)))
+        row = type("Row", (dict,), dict(__missing__=lambda *_: 0.4))(name="difference", seeds=4)
+        self.assertIn("+0.400 (-0.236 to +1.036)", nmn_iterated.table([row]))  # 3.182 x 0.4 / 2
+        for path in ROOT.glob("results/nmn_iterated_compare*.json"):
+            self.assertIn(nmn_iterated.table(json.loads(path.read_text())["rows"]), (ROOT / "README.md").read_text())
 
     def test_shapes(self):
         scene = torch.tensor([[1, 2], [0, 0], [0, 0], [3, 1], [1, 3]] + [[0, 0]] * 4).view(1, 3, 3, 2)
