@@ -37,8 +37,8 @@ from data.mnist import binarised, load_digits
 DEFAULTS = {
     "density": dict(k=[3], latent=2, hidden=64, context=1, batch=64, steps=3000, lr=1e-3, nll_samples=600_000),
     "loggamma": dict(k=[2], latent=1, hidden=0, context=1, batch=1024, steps=4000, lr=2e-2, nll_samples=1_000_000),
-    "images": dict(k=[5], latent=32, hidden=100, context=100, batch=128, steps=20_000, lr=1e-3, nll_samples=5000),
-    "images on cpu": dict(batch=32, steps=400, nll_samples=200, test_images=500),
+    "images": dict(k=[5], latent=32, hidden=100, context=100, batch=256, steps=4000, lr=2e-3, nll_samples=5000),
+    "images on cpu": dict(batch=32, steps=400, lr=1e-3, nll_samples=200, test_images=500),
 }
 ARMS = "gaussian iid independent joint gaussian:dreg joint:dreg independent:balance joint:balance".split()
 warnings.filterwarnings("ignore", "Initializing zero-element tensors")
@@ -286,12 +286,12 @@ def compare(args, data, device, out_dir):
 
 
 def table(rows):
-    """The rows of a comparison in Markdown: mean ± standard deviation over the seeds."""
+    """The rows of a comparison in Markdown: mean ± standard deviation where there are several seeds."""
     digits = dict(gap=4) if "gap" in rows[0] else dict(bound=2, nll=2)
     digits |= dict(var_log_p_hat=3, covariance_part=4, correlation=4, ess=2, ms_per_step=2)
     lines = [["proposal", "seeds", *digits], ["---"] * (len(digits) + 2)]
     for row in rows:
-        cells = [f"{row[key]:.{n}f} ± {row[f'{key}_std']:.{n}f}" for key, n in digits.items()]
+        cells = [f"{row[key]:.{n}f}" + f" ± {row[f'{key}_std']:.{n}f}" * (row["seeds"] > 1) for key, n in digits.items()]
         lines.append([row["name"], str(row["seeds"]), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
