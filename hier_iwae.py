@@ -291,7 +291,7 @@ def table(rows):
     digits |= dict(var_log_p_hat=3, covariance_part=4, correlation=4, ess=2, ms_per_step=2)
     lines = [["proposal", "seeds", *digits], ["---"] * (len(digits) + 2)]
     for row in rows:
-        cells = [f"{row[key]:.{n}f}" + f" ± {row[key + '_std']:.{n}f}" * (row["seeds"] > 1) for key, n in digits.items()]
+        cells = [f"{row[x]:.{n}f}" + f" ± {row[x + '_std']:.{n}f}" * (row["seeds"] > 1) for x, n in digits.items()]
         lines.append([row["name"], str(row["seeds"]), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -525,9 +525,7 @@ class HierIWAE(unittest.TestCase):
             self.assertRegex("{} {}".format(*self.train(flags)), f"(?s)^2 .*ERROR: .*{words}")
 
     def test_data(self):
-        """README's tables are those of results/; glyphs are drawn by their seed; MNIST arrives whole."""
-        for path in ROOT.glob("results/hier_iwae_compare_*.json"):
-            self.assertTrue(hier_iwae.table(json.load(open(path))["rows"]) in open(ROOT / "README.md").read(), path)
+        """Glyphs are drawn by their seed; MNIST arrives whole."""
         (images, _), again, other = (data.glyphs.load_glyphs(40, 32, 3, seed) for seed in (1, 1, 2))
         self.assertTrue(images.shape == (40, 3, 32, 32) and images.equal(again[0]) and not images.equal(other[0]))
         self.assertAlmostEqual(data.densities.log_normaliser(data.densities.TARGETS["u2"], 2), 3.30983, places=4)
@@ -741,6 +739,8 @@ class Repository(unittest.TestCase):
     TABLES = [  # (script, what of results/ its rows come from)
         (flashsigmoid, "flashsigmoid_h100.json"),
         (byov, "byov_compare_h100.json"), (byov, "byov_compare_cpu.json"),
+        (hier_iwae, "hier_iwae_compare_loggamma_cpu.json"), (hier_iwae, "hier_iwae_compare_u2_cpu.json"),
+        (hier_iwae, "hier_iwae_compare_mnist_h100.json"),
         (nmn_iterated, "nmn_iterated_compare_cpu.json"), (nmn_iterated, "nmn_iterated_compare_interrupted_cpu.json"),
         (sigmoid_gpt, "sigmoid_gpt_compare_rope_cpu.json sigmoid_gpt_compare_alibi_cpu.json"),
         (sigmoid_gpt, "sigmoid_gpt_86m_softmax_1k_h100.json sigmoid_gpt_86m_sigmoid_1k_h100.json "
@@ -748,7 +748,7 @@ class Repository(unittest.TestCase):
 
     def test_lines(self):
         budgets = {"flashsigmoid.py": 550, "sigmoid_gpt.py": 420, "byov.py": 533, "nmn_iterated.py": 560,
-                   "hier_iwae.py": 420, "test_all.py": 650}
+                   "hier_iwae.py": 420, "test_all.py": 790}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
             with self.subTest(path.name):
