@@ -238,12 +238,13 @@ def evaluate(net, data, args, autocast):
     metrics, heads = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)), {}
     train_h, val_h = (features(net, images, autocast, seeds) for images in (train_x, val_x))
     for n in args.probe_labels:
-        heads[f"{n}_labels_" if heads else ""] = fit_probe(train_h[:, :n or None], train_y[:n or None])
+        head = fit_probe(train_h[:, :n or None], train_y[:n or None])
+        heads[f"{n}_labels_" if heads else ""] = head, torch.stack([head(h).softmax(-1) for h in val_h]).mean(0)
     for name, i in [("", 0), *product(args.corruptions, range(1, 6))]:
         h = features(net, corrupt(test_x, name, i) if i else test_x, autocast, seeds)
-        for prefix, head in heads.items():
-            draws, val = (torch.stack([head(one).softmax(-1) for one in some]) for some in (h, val_h))  # (S, N, K)
-            found = {"": draws.mean(0), "_scaled": temperature_scale(draws.mean(0), val.mean(0), val_y)}
+        for prefix, (head, val) in heads.items():
+            draws = torch.stack([head(one).softmax(-1) for one in h])                       # (S, N, K)
+            found = {"": draws.mean(0), "_scaled": temperature_scale(draws.mean(0), val, val_y)}
             if i == 0:
                 found |= {f"_{s}_draws": draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
                 found["_mean_weights"] = head(queries).softmax(-1)
@@ -268,9 +269,8 @@ def load_checkpoint(path, device, args):
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
     state = torch.load(path, map_location=device, weights_only=True)
-    differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
-                 if state["args"][name] != getattr(args, name)]
-    if differing:
+    if differing := [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
+                     if state["args"][name] != getattr(args, name)]:
         fail(f"--resume: {path} is another architecture: {'; '.join(differing)}")
     return state
 

@@ -368,9 +368,9 @@ torch.library.define("flashsigmoid::backward", f"(Tensor do, {INPUTS}) -> Tensor
 
 
 @torch.library.impl("flashsigmoid::forward", "default")
-def launch_forward(q, k, v, *rest):
+def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
-    o, rest = torch.empty_like(q), (*rest[:5], H, Tq, Tk, H // Hk, rest[5])
+    o, rest = torch.empty_like(q), (bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal)
     with torch.cuda.device_of(q):
         if on_hopper(q):
             inputs = (tiled(x, rows, hopper=True) for x, rows in ((q, 64), (k, 128), (v, 128), (o, 64)))
@@ -383,11 +383,11 @@ def launch_forward(q, k, v, *rest):
 
 
 @torch.library.impl("flashsigmoid::backward", "default")
-def launch_backward(do, q, k, v, *rest):
+def launch_backward(do, q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     """[dQ, dK, dV] and, where bias is a tensor, db. Two kernels without atomics give the same bits every time."""
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
-    dq, dk, dv, bias = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), rest[0]
-    rest = *rest[:5], H, Tq, Tk, H // Hk, rest[5]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
     with torch.cuda.device_of(q):
         BM, BN, options = tile_shape("dkdv", q)
         key_kernel[(B * Hk * triton.cdiv(Tk, BN),)](
