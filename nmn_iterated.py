@@ -36,8 +36,8 @@ from data.shapes_syget import load_shapes
 END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the longest program, 7, and its <end>
 SEEN = 135  # the first questions are those of training, the rest those of Val-OOD
 DEFAULTS = {
-    "cpu": dict(batch=128, hidden=64, interact_steps=1500, generator_steps=100, engine_steps=2000, generations=3),
-    "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=50, engine_steps=1500, generations=4),
+    "cpu": dict(batch=128, hidden=64, interact_steps=1500, generator_steps=150, engine_steps=2000, generations=3),
+    "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=75, engine_steps=1500, generations=4),
 }
 SCORES = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
 REPORTED = [*SCORES, *(f"last_{key}" for key in SCORES), "train_acc", "program_acc", "seconds"]
@@ -224,7 +224,7 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
     given = given[:0] if phase == "engine" else given
     asked, forced = torch.cat([questions, given]), torch.cat([forced, data.programs[given]])
     with torch.set_grad_enabled(phase != "engine"):
-        programs, log_p = speak(generator, data, asked, forced, sampled=phase != "engine" or not args.greedy)
+        programs, log_p = speak(generator, data, asked, forced, sampled=phase != "engine" or args.sampled)
     said, supervised = log_p.tensor_split([len(rows)])
     supervised = -supervised.sum() / max(1, len(given))
     if phase == "generator":
@@ -481,7 +481,7 @@ def parse_flags(argv):
     optimisation("--transmitted", type=int, default=2000, help="programs that the old generator says to the new one")
     optimisation("--generator_steps", type=int, help="in which the new one learns them: the bottleneck")
     optimisation("--engine_steps", type=int, help="in which the new engine learns to run what the new generator says")
-    optimisation("--greedy", action="store_true", help="the new engine learns the likeliest programs, not samples")
+    optimisation("--sampled", action="store_true", help="the new engine learns samples, not the likeliest programs")
     optimisation("--keep_engine", action="store_true", help="renew the generator alone")
     optimisation("--true_programs", action="store_true", help="no generator: the engine learns with true programs")
     optimisation("--batch", type=int, help="images, or programs, a step")
