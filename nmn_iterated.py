@@ -40,7 +40,7 @@ DEFAULTS = {
     "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=75, engine_steps=1500, generations=4),
 }
 SCORES = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
-REPORTED = [*SCORES, *(f"last_{key}" for key in SCORES), "train_acc", "program_acc", "seconds"]
+REPORTED = [*SCORES, "train_acc", "program_acc", "seconds"]
 FREE = "generations seeds plot out_dir resume eval_interval compare device".split()  # may change with --resume
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # Student's t for 2, 3, ... seeds
 
@@ -308,7 +308,7 @@ def new_agent(kind, args, device):
 
 
 def train(args, data, device, out_dir):
-    """All phases of all generations. Returns (metrics, records), a record an evaluation. Ctrl-C saves and exits."""
+    """All phases of all generations. Returns (the metrics of the end, a record an evaluation). Ctrl-C saves and exits."""
     began = time.time()
     given = torch.randperm(SEEN, generator=torch.Generator().manual_seed(args.seed))[:args.given].to(device)
     phases = dict(interacting=args.interact_steps, generator=args.generator_steps, engine=args.engine_steps)
@@ -387,11 +387,8 @@ def train(args, data, device, out_dir):
         done = 0
     bar.close()
     signal.signal(signal.SIGINT, previous)
-    complete = [record for record in records if record["phase"] != "generator" or args.keep_engine]
-    best = max(complete, key=lambda record: record["val_iid_acc"])  # never by Val-OOD
-    metrics = {key: value for key, value in best.items() if isinstance(value, float)}
-    metrics |= {f"last_{key}": value for key, value in records[-1].items() if isinstance(value, float)}
-    return metrics | dict(program_acc=best["val_iid_program_acc"], seconds=time.time() - began), records
+    last = {key: value for key, value in records[-1].items() if isinstance(value, float)}  # nothing is selected
+    return last | dict(program_acc=last["val_iid_program_acc"], seconds=time.time() - began), records
 
 
 def compare(args, device, out_dir):
@@ -422,14 +419,13 @@ def compare(args, device, out_dir):
 def table(rows):
     """The Markdown table of a comparison: mean ± std of seeds; for paired differences, mean and 95 % interval."""
     n, lines = rows[0]["seeds"], []
-    for when, prefix in (("end", "last_"), ("best Val-IID", "")):
-        for row in rows:
-            lines.append([f"{row['name']}, {when}"])
-            for key in (prefix + key for key in SCORES):
-                mean, std = row[key], row[f"{key}_std"]
-                half = T95[min(n - 2, len(T95) - 1)] * std / n ** 0.5
-                paired = f"{mean:+.3f}" + f" ({mean - half:+.3f} to {mean + half:+.3f})" * (n > 1)
-                lines[-1].append(paired if row["name"] == "difference" else f"{mean:.3f} ± {std:.3f}")
+    for row in rows:
+        lines.append([row["name"]])
+        for key in SCORES:
+            mean, std = row[key], row[f"{key}_std"]
+            half = T95[min(n - 2, len(T95) - 1)] * std / n ** 0.5
+            paired = f"{mean:+.3f}" + f" ({mean - half:+.3f} to {mean + half:+.3f})" * (n > 1)
+            lines[-1].append(paired if row["name"] == "difference" else f"{mean:.3f} ± {std:.3f}")
     heads = [f"seeds: {n}", "Val-IID answers", "Val-IID programs", "Val-OOD answers", "Val-OOD programs"]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * 5, *lines))
 
