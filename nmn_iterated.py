@@ -151,45 +151,35 @@ class Conv(nn.Module):
         return y.unflatten(1, bias.shape).gather(1, token.view(-1, 1, 1).expand(-1, 1, bias.shape[1]))[:, 0]
 
 
-class TensorModules(nn.Module):
-    """Tensor-NMN: R_w(x) = ReLU(x + conv_w(ReLU(conv_w(x)))), own weights a token w; `and` first joins its operands."""
+class Modules(nn.Module):
+    """R_w(x) = ReLU(x + conv_w(ReLU(conv_w(x)))) of the scene, an operand, or, for `and`, two joined. Tensor-NMN has
+    weights for each token w; Tensor-FiLM-NMN, in our form, the same for all, and w scales and shifts their input."""
 
-    def __init__(self, D, spectral_norm):
+    def __init__(self, D, film, spectral_norm):
         super().__init__()
-        self.convs = nn.ModuleList(Conv(D, D, len(TOKENS), spectral_norm) for _ in range(2))
+        self.convs = nn.ModuleList(Conv(D, D, 1 if film else len(TOKENS), spectral_norm) for _ in range(2))
         self.join = nn.Linear(2 * D, D)
+        self.films = nn.ModuleList(nn.Embedding(len(TOKENS), 2 * D) for _ in self.convs) if film else None
+
+    def conv(self, i, x, token, matrices):
+        if self.films is None:
+            return self.convs[i](x, matrices[i], token)
+        scale, shift = self.films[i](token)[:, None].chunk(2, 2)                                # (B, 1, D) each
+        return self.convs[i](((1 + 2 * torch.tanh(scale)) * x.unflatten(1, (9, -1)) + shift).flatten(1), matrices[i])
 
     def forward(self, scene, first, second, token, matrices):
         x = torch.where((token == SCENE)[:, None], scene, first)
         if second is not None:
             pair = torch.cat([first.unflatten(1, (9, -1)), second.unflatten(1, (9, -1))], -1)   # (B, 9, 2D)
             x = torch.where((token == AND)[:, None], F.relu(self.join(pair)).flatten(1), x)
-        y = F.relu(self.convs[0](x, matrices[0], token))
-        return F.relu(x + self.convs[1](y, matrices[1], token))
-
-
-class FilmModules(nn.Module):
-    """Tensor-FiLM-NMN, in our form: one residual block for all tokens, each with its own scales and shifts."""
-
-    def __init__(self, D, spectral_norm):
-        super().__init__()
-        self.films = nn.ModuleList(nn.Embedding(len(TOKENS), 2 * D) for _ in range(2))
-        self.join = nn.Linear(3 * D, D)
-        self.convs = nn.ModuleList(Conv(D, D, 1, spectral_norm) for _ in range(2))
-
-    def forward(self, scene, first, second, token, matrices):
-        inputs = scene, first, torch.zeros_like(first) if second is None else second
-        x = F.relu(self.join(torch.cat([x.unflatten(1, (9, -1)) for x in inputs], 2)))          # (B, 9, D)
-        (g1, b1), (g2, b2) = (film(token)[:, None].chunk(2, 2) for film in self.films)          # (B, 1, D) each
-        y = F.relu(self.convs[0](((1 + 2 * torch.tanh(g1)) * x + b1).flatten(1), matrices[0])).unflatten(1, (9, -1))
-        return F.relu(x.flatten(1) + self.convs[1](((1 + 2 * torch.tanh(g2)) * y + b2).flatten(1), matrices[1]))
+        return F.relu(x + self.conv(1, F.relu(self.conv(0, x, token, matrices)), token, matrices))
 
 
 class Engine(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.stem = nn.Sequential(nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, args.width), nn.ReLU())
-        self.cells = (TensorModules if args.modules == "tensor" else FilmModules)(args.width, args.spectral_norm)
+        self.cells = Modules(args.width, args.modules == "film", args.spectral_norm)
         self.classifier = nn.Sequential(nn.Linear(args.width, 128), nn.ReLU(), nn.Linear(128, 2))
 
     def forward(self, images, programs):
@@ -308,7 +298,7 @@ def new_agent(kind, args, device):
 
 
 def train(args, data, device, out_dir):
-    """All phases of all generations. Returns (the metrics of the end, a record an evaluation). Ctrl-C saves and exits."""
+    """All phases of all generations: (metrics of the end, a record an evaluation, agents). Ctrl-C saves and exits."""
     began = time.time()
     given = torch.randperm(SEEN, generator=torch.Generator().manual_seed(args.seed))[:args.given].to(device)
     phases = dict(interacting=args.interact_steps, generator=args.generator_steps, engine=args.engine_steps)
@@ -388,12 +378,12 @@ def train(args, data, device, out_dir):
     bar.close()
     signal.signal(signal.SIGINT, previous)
     last = {key: value for key, value in records[-1].items() if isinstance(value, float)}  # nothing is selected
-    return last | dict(program_acc=last["val_iid_program_acc"], seconds=time.time() - began), records
+    return last | dict(program_acc=last["val_iid_program_acc"], seconds=time.time() - began), records, agents
 
 
 def compare(args, device, out_dir):
-    """Both arms from the same images, weights and given programs: (metrics, {name: records of each seed}, data). A run
-    has its folder; with --resume it goes on there, or is read, if it had ended."""
+    """Both arms from the same images, weights and given programs: (metrics, {name: records of each seed}, the last data
+    and agents). A run has its folder; with --resume it goes on there, or is read, if it had ended."""
     steps = args.generations * args.interact_steps
     arms = {"no generations": dict(generations=1, interact_steps=steps), "iterated": {}}
     runs, curves, rows = {name: [] for name in arms}, {name: [] for name in arms}, []
@@ -403,7 +393,7 @@ def compare(args, device, out_dir):
             folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
             resume = args.resume and (folder / "checkpoint.pt").exists()
             arm = argparse.Namespace(**vars(args) | changes | dict(seed=seed, resume=resume))
-            metrics, records = train(arm, data, device, folder)
+            metrics, records, agents = train(arm, data, device, folder)
             runs[name].append([metrics[key] for key in REPORTED])
             curves[name].append(records)
     runs = {name: torch.tensor(run, dtype=torch.float64) for name, run in runs.items()}         # (seeds, metrics)
@@ -413,7 +403,7 @@ def compare(args, device, out_dir):
         for key, mean, std in zip(REPORTED, run.mean(0).tolist(), run.std(0, correction=args.seeds > 1).tolist()):
             row.update({key: mean, f"{key}_std": std})
         rows.append(row)
-    return dict(rows=rows), curves, data
+    return dict(rows=rows), curves, data, agents
 
 
 def table(rows):
@@ -430,11 +420,14 @@ def table(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * 5, *lines))
 
 
-def plot(path, curves):
-    """Answers and programs against interactions, each seed and the mean; a vertical step is what learning anew did."""
+@torch.no_grad()
+def plot(path, curves, agents, data):
+    """Answers and programs against interactions, each seed and the mean; a vertical step is what learning anew did.
+    Below, an image of Val-OOD, and over it, as each module of the program returns it, how large a cell's state is."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axis, what in zip(figure.subplots(1, 2), ("acc", "program_acc")):
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3.6, 1.6))
+    for axis, what in zip(top.subplots(1, 2), ("acc", "program_acc")):
         for colour, (name, runs) in enumerate(curves.items()):
             steps = [r["interactions"] for r in runs[0]]
             for split, style in (("iid", ":"), ("ood", "-")):
@@ -445,7 +438,18 @@ def plot(path, curves):
             for end in {r["interactions"] for r in runs[0] if r["end"] and r["phase"] == "interacting"}:
                 axis.axvline(end, color="0.85", zorder=0)
         axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    top.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    (image, asked, _), states, engine = (x[-1:] for x in data.val_ood), [], agents["engine"][0]
+    engine.cells.register_forward_hook(lambda *call: states.append(call[-1].view(3, 3, -1).norm(dim=2).cpu()))
+    program, _ = speak(agents["generator"][0], data, asked)
+    answer = engine(image, program)[0].argmax()  # the states are the scene's, and the tokens', from right to left
+    bottom.suptitle(f"{english(QUESTIONS[asked])}: {('no', 'yes')[answer]}", fontsize=10)
+    picture = image.view(3, 3, 10, 10, 3).transpose(1, 2).reshape(30, 30, 3).cpu()
+    for t, (token, axis) in enumerate(zip(program[0].tolist(), bottom.subplots(1, LENGTH))):
+        axis.imshow(picture)
+        axis.imshow(states[0 if token == SCENE else LENGTH - t], "gray", alpha=0.6, extent=(-0.5, 29.5, 29.5, -0.5))
+        axis.set_title(TOKENS[token], fontsize=9)
+        axis.set(xticks=[], yticks=[], visible=token != END)
     figure.savefig(path, dpi=150)
 
 
@@ -532,11 +536,12 @@ def main(argv=None):
     print(f"{name}, float32 (bfloat16 would not pay), {args.data} images, {sizes[0]:,} + {sizes[1]:,} parameters")
     torch.set_float32_matmul_precision("high" if args.device == "cuda" else "highest")
     if args.compare:
-        result, curves, data = compare(args, device, out_dir)
+        result, curves, data, agents = compare(args, device, out_dir)
         print("\n" + table(result["rows"]))
     else:
         data = load(args, args.seed, device)
-        result, records = train(args, data, device, out_dir)
+        result, records, agents = train(args, data, device, out_dir)
+        curves = {f"{args.generations} generations": [records]}
         for key, value in result.items():
             print(f"{key:26}{value:,.4f}")
     for split in ("val_iid", "val_ood"):  # so that an accuracy can be read
@@ -546,12 +551,10 @@ def main(argv=None):
     result.update(device=name, dataset=args.data, seed=args.seed, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, curves if args.compare else {f"{args.generations} generations": [records]})
+        plot(args.plot, curves, agents, data)
     return result
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted", status=130)
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", status=130))
+    main()
