@@ -214,7 +214,7 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
     given = given[:0] if phase == "engine" else given
     asked, forced = torch.cat([questions, given]), torch.cat([forced, data.programs[given]])
     with torch.set_grad_enabled(phase != "engine"):
-        programs, log_p = speak(generator, data, asked, forced, sampled=phase != "engine" or args.sampled)
+        programs, log_p = speak(generator, data, asked, forced, sampled=True)
     said, supervised = log_p.tensor_split([len(rows)])
     supervised = -supervised.sum() / max(1, len(given))
     if phase == "generator":
@@ -481,7 +481,6 @@ def parse_flags(argv):
     optimisation("--transmitted", type=int, default=2000, help="programs that the old generator says to the new one")
     optimisation("--generator_steps", type=int, help="in which the new one learns them: the bottleneck")
     optimisation("--engine_steps", type=int, help="in which the new engine learns to run what the new generator says")
-    optimisation("--sampled", action="store_true", help="the new engine learns samples, not the likeliest programs")
     optimisation("--keep_engine", action="store_true", help="renew the generator alone")
     optimisation("--true_programs", action="store_true", help="no generator: the engine learns with true programs")
     optimisation("--batch", type=int, help="images, or programs, a step")
