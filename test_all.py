@@ -609,8 +609,9 @@ class NMNIterated(unittest.TestCase):
 
     def test_compare(self):
         self.addCleanup(shutil.rmtree, out := tempfile.mkdtemp())
+        plot = ["--plot", f"{out}/x.png"] if importlib.util.find_spec("matplotlib") else []
         one, two = (run(nmn_iterated.main, *self.TINY, out, "--compare", "--eval_interval", 9, *more)[0]["rows"]
-                    for more in ((), ("--seeds", 2, "--resume")))  # of seed 0 the second reads, of seed 1 it trains
+                    for more in (plot, ("--seeds", 2, "--resume")))  # of seed 0 the second reads, of seed 1 it trains
         self.assertEqual(*([row["runs"][key][0] for row in rows for key in nmn_iterated.SCORES] for rows in (one, two)))
         row = type("Row", (dict,), dict(__missing__=lambda *_: 0.4))(name="difference", seeds=4)
         self.assertIn("+0.400 (-0.236 to +1.036)", nmn_iterated.table([row]))  # 3.182 x 0.4 / 2
@@ -737,11 +738,10 @@ class Repository(unittest.TestCase):
     """README.md and the files it speaks of."""
     README = (ROOT / "README.md").read_text()
     TABLES = [  # (script, what of results/ its rows come from)
-        (flashsigmoid, "flashsigmoid_h100.json"),
+        (flashsigmoid, "flashsigmoid_h100.json"), (nmn_iterated, "nmn_iterated_compare_cpu.json"),
         (byov, "byov_compare_h100.json"), (byov, "byov_compare_cpu.json"),
         (hier_iwae, "hier_iwae_compare_loggamma_cpu.json"), (hier_iwae, "hier_iwae_compare_u2_cpu.json"),
         (hier_iwae, "hier_iwae_compare_mnist_h100.json"),
-        (nmn_iterated, "nmn_iterated_compare_cpu.json"), (nmn_iterated, "nmn_iterated_compare_interrupted_cpu.json"),
         (sigmoid_gpt, "sigmoid_gpt_compare_rope_cpu.json sigmoid_gpt_compare_alibi_cpu.json"),
         (sigmoid_gpt, "sigmoid_gpt_86m_softmax_1k_h100.json sigmoid_gpt_86m_sigmoid_1k_h100.json "
                       "sigmoid_gpt_86m_sigmoid_8k_h100.json")]
