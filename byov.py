@@ -42,8 +42,8 @@ DEFAULTS = {
     "cifar10": dict(encoder="resnet18", width=64, batch=128, steps=8000, lr=0.1, weight_decay=5e-4, prior_std=0.01,
                     samples=16, probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
-ARMS = "BYOL", "BYOV", "BYOL+noise"
-ARCHITECTURE = "data bayes encoder width".split()
+ARMS = "BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB"
+ARCHITECTURE = "data supervised bayes encoder width".split()
 RECIPE = [*ARCHITECTURE, *"steps batch lr weight_decay tau prior_std samples probe_labels corruptions".split()]
 COLUMNS = {"knn_acc": "kNN %", "linear_acc": "linear %", "nll": "NLL", "brier": "Brier %", "ece": "ECE %",
            "ece_scaled": "scaled ECE %", "salt_and_pepper_linear_acc": "salt & pepper: linear %",
@@ -128,7 +128,7 @@ def make_head(c_in, hidden, c_out):
 
 
 class Network(nn.Module):
-    """Encoder, projector and predictor, and a linear probe that watches."""
+    """Encoder, projector and predictor, and a linear probe that watches; of a supervised run, encoder and classifier."""
 
     def __init__(self, args):
         super().__init__()
@@ -143,7 +143,9 @@ class Network(nn.Module):
         for layer in self.encoder.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out")
-        self.projector, self.predictor = make_head(8 * C, 16 * C, 256), make_head(256, 16 * C, 256)
+        self.projector = self.predictor = nn.Identity()
+        if not args.supervised:
+            self.projector, self.predictor = make_head(8 * C, 16 * C, 256), make_head(256, 16 * C, 256)
         self.probe = nn.Linear(8 * C, 10)
 
 
@@ -158,16 +160,19 @@ def make_networks(args, device):
 
 # -------- Loss
 
-def loss_terms(online, target, views, labels, prior_std):
+def loss_terms(online, target, views, labels, args):
     """(BYOL's loss, the probe's, KL, embedding (2B, 256)) of views (2B, 3, 32, 32), first all first views; BYOL's loss,
-    from 0 to 8, is the sum of both directions and the mean over images."""
+    from 0 to 8, is the sum of both directions and the mean over images. A supervised run has the probe's alone."""
     h = online.encoder(views)                                                               # (2B, 8 width)
     z = online.projector(h)                                                                 # (2B, 256)
+    probe = F.cross_entropy(online.probe(h if args.supervised else h.detach()).float(), labels.repeat(2))
+    kl = kl_divergence(online, args.prior_std)
+    if args.supervised:
+        return torch.zeros_like(probe), probe, kl, z.detach().float()
     with torch.no_grad():
         t = target.projector(target.encoder(views)).roll(len(z) // 2, 0)  # each row that of the other view
     cosine = F.cosine_similarity(online.predictor(z).float(), t.float())
-    probe = F.cross_entropy(online.probe(h.detach()).float(), labels.repeat(2))
-    return 4 - 4 * cosine.mean(), probe, kl_divergence(online, prior_std), z.detach().float()
+    return 4 - 4 * cosine.mean(), probe, kl, z.detach().float()
 
 
 # -------- Evaluation. N images, S draws of the weights, K classes; probs (N, K).
@@ -237,8 +242,10 @@ def evaluate(net, data, args, autocast):
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
     metrics, heads = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)), {}
     train_h, val_h = (features(net, images, autocast, seeds) for images in (train_x, val_x))
-    for n in args.probe_labels:
+    for n in args.probe_labels[:1] if args.supervised else args.probe_labels:
         head = fit_probe(train_h[:, :n or None], train_y[:n or None])
+        if args.supervised:
+            head = lambda h: net.probe(h.float())
         heads[f"{n}_labels_" if heads else ""] = head, torch.stack([head(h).softmax(-1) for h in val_h]).mean(0)
     for name, i in [("", 0), *product(args.corruptions, range(1, 6))]:
         h = features(net, corrupt(test_x, name, i) if i else test_x, autocast, seeds)
@@ -318,7 +325,7 @@ def train(args, data, device, autocast, out_dir):
         views = views_of(images[batch], args.views)
         online.train()
         with autocast:
-            fit, probe, kl, embedding = terms_of(online, target, views, labels[batch], args.prior_std)
+            fit, probe, kl, embedding = terms_of(online, target, views, labels[batch], args)
         loss = fit + probe + args.weight_decay * args.prior_std ** 2 * kl
         loss.backward()
         for optimizer in optimizers:
@@ -370,7 +377,7 @@ def compare(args, data, device, autocast, out_dir):
     """Rows: mean and std of each arm's metrics, for equal seeds, data and budget, and of BYOV's paired differences."""
     runs = {name: [] for name in args.arms}
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.arms):
-        arm = argparse.Namespace(**vars(args) | dict(bayes=name != "BYOL", seed=seed))
+        arm = argparse.Namespace(**vars(args) | dict(bayes=name not in ("BYOL", "supervised"), supervised="supervised" in name, seed=seed))
         folder, byol, byov = (out_dir / f"{which}_seed_{seed}" for which in (name, "BYOL", "BYOV"))
         path, recipe = folder / "metrics.json", {key: vars(arm)[key] for key in RECIPE}
         run = json.loads(path.read_text()) if args.resume and path.exists() else {}
@@ -453,6 +460,7 @@ def parse(argv):
     data("--data", choices=tuple(DEFAULTS), default="glyphs" if there[0] == "cpu" else "cifar10", help="images")
     model = parser.add_argument_group("model").add_argument
     model("--bayes", action=argparse.BooleanOptionalAction, default=True, help="BYOV; without it, BYOL")
+    model("--supervised", action="store_true", help="labels in place of BYOL")
     model("--encoder", choices=("resnet18", "conv"), help="for 3 x 32 x 32")
     model("--width", type=int, help="channels of the first layer; an encoder gives 8 times as many")
     model("--prior_std", type=float, help="of the prior, and the most that sigma grows to")
