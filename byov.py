@@ -42,8 +42,10 @@ DEFAULTS = {
     "cifar10": dict(encoder="resnet18", width=64, batch=128, steps=8000, lr=0.1, weight_decay=5e-4, prior_std=0.01,
                     samples=16, probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
-ARMS = "BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB"
-ARCHITECTURE = "data supervised bayes encoder width".split()
+ARMS = {"BYOL": dict(bayes=False, supervised=False), "BYOV": dict(bayes=True, supervised=False),
+        "BYOL+noise": dict(bayes=True, supervised=False), "supervised": dict(bayes=False, supervised=True),
+        "supervised BBB": dict(bayes=True, supervised=True)}
+ARCHITECTURE = "data bayes supervised encoder width".split()
 RECIPE = [*ARCHITECTURE, *"steps batch lr weight_decay tau prior_std samples probe_labels corruptions".split()]
 COLUMNS = {"knn_acc": "kNN %", "linear_acc": "linear %", "nll": "NLL", "brier": "Brier %", "ece": "ECE %",
            "ece_scaled": "scaled ECE %", "salt_and_pepper_linear_acc": "salt & pepper: linear %",
@@ -92,6 +94,12 @@ def make_bayesian(net):
             set_sigma(layer, 0.02)
 
 
+def relative_sigmas(net):
+    """For each Bayesian layer, sigma (root mean square) by the standard deviation of the weights."""
+    return [(F.softplus(layer.rho).square().mean().sqrt() / layer.weight.std()).item()
+            for layer in bayesian_layers(net)]
+
+
 def kl_divergence(net, prior_std):
     """KL(q || N(0, prior_std^2)) in nats, the sum over all Bayesian weights; no gradient on mu but weight decay."""
     pairs = [(F.softplus(layer.rho) / prior_std, layer.weight.detach() / prior_std) for layer in bayesian_layers(net)]
@@ -128,7 +136,7 @@ def make_head(c_in, hidden, c_out):
 
 
 class Network(nn.Module):
-    """Encoder, projector and predictor, and a linear probe that watches; of a supervised run, encoder and classifier."""
+    """Encoder, projector and predictor, and a linear probe that watches; supervised, encoder and classifier."""
 
     def __init__(self, args):
         super().__init__()
@@ -177,13 +185,20 @@ def loss_terms(online, target, views, labels, args):
 
 # -------- Evaluation. N images, S draws of the weights, K classes; probs (N, K).
 
+def calibration(probs, labels):
+    """(share of the images, mean confidence, accuracy) in each of 15 equal bins of the largest probability."""
+    confidence, guess = probs.max(1)
+    values = torch.stack([torch.ones_like(confidence), confidence, (guess == labels).float()])
+    sums = torch.zeros(3, 15, device=probs.device).index_add(1, (15 * confidence).long().clamp(max=14), values)
+    return sums[0] / len(probs), *(sums[1:] / sums[0].clamp(min=1))
+
+
 def measure(probs, labels):
-    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE of the largest probability, 15 equal bins."""
-    (N, K), (confidence, guess) = probs.shape, probs.max(1)
-    right, bins = (guess == labels).float(), (15 * confidence).long().clamp(max=14)
-    gaps = torch.zeros(15, device=probs.device).index_add(0, bins, right - confidence) / N
-    return dict(linear_acc=right.mean().item(), nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels).item(),
-                brier=(probs - F.one_hot(labels, K)).square().sum(1).mean().item(), ece=gaps.abs().sum().item())
+    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE, the mean of |accuracy - confidence|."""
+    share, confidence, accuracy = calibration(probs, labels)
+    return dict(linear_acc=(share * accuracy).sum().item(), ece=(share * (accuracy - confidence).abs()).sum().item(),
+                brier=(probs - F.one_hot(labels, probs.shape[1])).square().sum(1).mean().item(),
+                nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels).item())
 
 
 def temperature_scale(probs, val_probs, val_labels):
@@ -235,32 +250,60 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """Metrics on test: of kNN, and of probes fitted to train, averaged over S draws of the weights. Their names are
-    [COUNT_labels_][CORRUPTION_[SEVERITY_]]METRIC[_scaled by the temperature for val, _S_draws, _mean_weights]."""
+    """(metrics, predictions {(condition, variant): probs}, stds {condition: (N,)}) on test, averaged over S draws.
+
+    A condition is [COUNT_labels_][CORRUPTION_SEVERITY_], a variant "", _scaled by the temperature for val, _S_draws or
+    _mean_weights. stds are those, over draws, of the probability of the class that the mean gives most."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if args.bayes else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
-    metrics, heads = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)), {}
     train_h, val_h = (features(net, images, autocast, seeds) for images in (train_x, val_x))
-    for n in args.probe_labels[:1] if args.supervised else args.probe_labels:
-        head = fit_probe(train_h[:, :n or None], train_y[:n or None])
-        if args.supervised:
-            head = lambda h: net.probe(h.float())
-        heads[f"{n}_labels_" if heads else ""] = head, torch.stack([head(h).softmax(-1) for h in val_h]).mean(0)
+    heads = {"": lambda h: net.probe(h.float())}  # what supervision trained; else probes fitted to train
+    if not args.supervised:
+        heads = {f"{n}_labels_" if i else "": fit_probe(train_h[:, :n or None], train_y[:n or None])
+                 for i, n in enumerate(args.probe_labels)}
+    predictions, stds = {}, {}
     for name, i in [("", 0), *product(args.corruptions, range(1, 6))]:
         h = features(net, corrupt(test_x, name, i) if i else test_x, autocast, seeds)
-        for prefix, (head, val) in heads.items():
-            draws = torch.stack([head(one).softmax(-1) for one in h])                       # (S, N, K)
-            found = {"": draws.mean(0), "_scaled": temperature_scale(draws.mean(0), val, val_y)}
+        for prefix, head in heads.items():
+            draws, val = (torch.stack([head(one).softmax(-1) for one in some]) for some in (h, val_h))  # (S, N, K)
+            condition, mean = f"{prefix}{name}_{i}_" if i else prefix, draws.mean(0)
+            predictions[condition, ""] = mean
+            predictions[condition, "_scaled"] = temperature_scale(mean, val.mean(0), val_y)
             if i == 0:
-                found |= {f"_{s}_draws": draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
-                found["_mean_weights"] = head(queries).softmax(-1)
-            prefix += f"{name}_{i}_" if i else ""
-            for suffix, probs in found.items():
-                metrics |= {f"{prefix}{key}{suffix}": value for key, value in measure(probs, test_y).items()}
+                predictions |= {(condition, f"_{s}_draws"): draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
+                predictions[condition, "_mean_weights"] = head(queries).softmax(-1)
+            stds[condition] = draws.std(0, correction=0).gather(1, mean.argmax(1, keepdim=True))[:, 0]
+    metrics = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)) | measure_all(predictions, test_y)
+    metrics |= {f"{condition}predictive_std": std.mean().item() for condition, std in stds.items()}
+    return metrics, predictions, stds
+
+
+def measure_all(predictions, labels):
+    """The metrics of each condition and variant, and each corruption's mean over its five severities."""
+    metrics = {f"{condition}{key}{variant}": value for (condition, variant), probs in predictions.items()
+               for key, value in measure(probs, labels).items()}
     for key in [key for key in metrics if "_5_" in key]:
         metrics[key.replace("_5_", "_")] = sum(metrics[key.replace("_5_", f"_{i}_")] for i in range(1, 6)) / 5
     return metrics
+
+
+def gaussian_fit(x):
+    """Moments of x (N,), and how far it is from a Gaussian: KS distance, and R^2 of the line of quantiles."""
+    normal, quantiles = torch.distributions.Normal(0.0, 1.0), (torch.arange(len(x)) + 0.5) / len(x)
+    z = (x.sort().values - x.mean()) / x.std()
+    return dict(mean=x.mean().item(), std=x.std().item(), skewness=z.pow(3).mean().item(),
+                excess_kurtosis=z.pow(4).mean().item() - 3, ks=(normal.cdf(z) - quantiles).abs().max().item(),
+                qq_r2=torch.corrcoef(torch.stack([z, normal.icdf(quantiles)]))[0, 1].square().item())
+
+
+def std_differences(runs):
+    """{name: (N,)}: the std of a prediction, clean, of BYOV less that of supervised BBB; and between the latter's seeds."""
+    stds = {name: [run["stds"][""] for run in some] for name, some in runs.items()}
+    byov, bbb = stds.get("BYOV", []), stds.get("supervised BBB", [])
+    pairs = {"BYOV - supervised BBB": zip(byov, bbb), "supervised BBB, seed - next": zip(bbb, bbb[1:])}
+    found = {name: [a - b for a, b in some] for name, some in pairs.items()}
+    return {name: torch.cat(some).cpu() for name, some in found.items() if some}
 
 
 # -------- Training
@@ -273,8 +316,6 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, device, args):
-    if not path.exists():
-        fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
     state = torch.load(path, map_location=device, weights_only=True)
     if differing := [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
                      if state["args"][name] != getattr(args, name)]:
@@ -301,7 +342,7 @@ def train(args, data, device, autocast, out_dir):
     if rhos:
         optimizers.append(torch.optim.Adam([dict(params=rhos, speed=0.01 / args.lr)], fused=on_gpu))  # peak 0.01
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
-    if args.resume and (path.exists() or not args.compare):
+    if args.resume and path.exists():
         saved = load_checkpoint(path, device, args)
         first, metrics = saved["step"], saved["metrics"]
         if first > args.steps:
@@ -350,9 +391,9 @@ def train(args, data, device, autocast, out_dir):
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
             share = torch.linalg.svdvals(queries.float() - queries.float().mean(0)).square()
             share = share / share.sum()
-            ratios = [F.softplus(layer.rho).mean() / layer.weight.std() for layer in bayesian_layers(online)]
+            ratios = relative_sigmas(online)
             record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(),
-                          spread=spread, sigma_over_mu=sum(ratios).item() / len(ratios) if ratios else 0.0,
+                          spread=spread, sigma_over_mu=sum(ratios) / max(1, len(ratios)),
                           effective_rank=torch.special.entr(share).sum().exp().item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
@@ -374,44 +415,50 @@ def train(args, data, device, autocast, out_dir):
 # -------- The paper's claims
 
 def compare(args, data, device, autocast, out_dir):
-    """Rows: mean and std of each arm's metrics, for equal seeds, data and budget, and of BYOV's paired differences."""
+    """(rows, runs): mean and std of each arm's metrics, for equal seeds, data and budget, and of BYOV's paired
+    differences; and, for each arm, what every seed predicted."""
     runs = {name: [] for name in args.arms}
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.arms):
-        arm = argparse.Namespace(**vars(args) | dict(bayes=name not in ("BYOL", "supervised"), supervised="supervised" in name, seed=seed))
-        folder, byol, byov = (out_dir / f"{which}_seed_{seed}" for which in (name, "BYOL", "BYOV"))
-        path, recipe = folder / "metrics.json", {key: vars(arm)[key] for key in RECIPE}
-        run = json.loads(path.read_text()) if args.resume and path.exists() else {}
+        arm = argparse.Namespace(**vars(args) | ARMS[name] | dict(seed=seed))
+        folders = {which: out_dir / f"{which.replace(' ', '_')}_seed_{seed}" for which in ARMS}
+        path, recipe = folders[name] / "run.pt", {key: vars(arm)[key] for key in RECIPE}
+        run = torch.load(path, weights_only=True) if args.resume and path.exists() else {}
         if run.get("recipe") != recipe:
             if name == "BYOL+noise":
-                net, metrics = untrained_noise(arm, device, byol, byov), {}
+                net, metrics = untrained_noise(arm, device, folders["BYOL"], runs["BYOV"][-1]["sigmas"]), {}
             else:
-                net, metrics = train(arm, data, device, autocast, folder)
-            run = dict(recipe=recipe, metrics=metrics | evaluate(net, data, arm, autocast))
-            folder.mkdir(exist_ok=True)
-            path.write_text(json.dumps(run))
-        runs[name].append(run["metrics"])
+                net, metrics = train(arm, data, device, autocast, folders[name])
+            found, *arrays = evaluate(net, data, arm, autocast)
+            predictions, stds = ({key: x.cpu() for key, x in array.items()} for array in arrays)
+            run = dict(recipe=recipe, metrics=metrics | found, predictions=predictions, stds=stds,
+                       sigmas=relative_sigmas(net))
+            path.parent.mkdir(exist_ok=True)
+            save_checkpoint(path, run)
+        runs[name].append(run)
+    found = {name: [run["metrics"] for run in some] for name, some in runs.items()}
     for name in ("BYOL", "BYOL+noise"):
         if {name, "BYOV"} <= runs.keys():
-            pairs = zip(runs["BYOV"], runs[name])
-            runs[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
+            pairs = zip(found["BYOV"], found[name])
+            found[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
     rows = []
-    for name, some in runs.items():
-        values = {key: torch.tensor([run[key] for run in some], dtype=torch.float64) for key in some[0]}
+    for name, some in found.items():
+        values = {key: torch.tensor([metrics[key] for metrics in some], dtype=torch.float64) for key in some[0]}
         rows.append(dict(name=name, seeds=args.seeds) | {key: x.mean().item() for key, x in values.items()})
         if args.seeds > 1:
             rows[-1] |= {f"{key}_std": x.std().item() for key, x in values.items()}
-    return rows
+    if "BYOL" in runs and args.seeds > 1:
+        ensemble = {key: torch.stack([run["predictions"][key] for run in runs["BYOL"]]).mean(0)
+                    for key in runs["BYOL"][0]["predictions"]}
+        rows.append(dict(name=f"ensemble of {args.seeds} BYOL", seeds=1) | measure_all(ensemble, data["test"][1].cpu()))
+    return rows, runs
 
 
-def untrained_noise(args, device, byol, byov):
+def untrained_noise(args, device, byol, sigmas):
     """BYOL's network, with noise in each layer of the size, relative to its weights, that BYOV learned there."""
     net, _ = make_networks(args, device)
-    states = [torch.load(run / "checkpoint.pt", device, weights_only=True)["online"] for run in (byov, byol)]
-    net.load_state_dict(states[0])
-    sizes = [F.softplus(layer.rho).square().mean().sqrt() / layer.weight.std() for layer in bayesian_layers(net)]
-    net.load_state_dict(states[1], strict=False)
-    for layer, size in zip(bayesian_layers(net), sizes):
-        set_sigma(layer, size.detach())
+    net.load_state_dict(torch.load(byol / "checkpoint.pt", device, weights_only=True)["online"], strict=False)
+    for layer, sigma in zip(bayesian_layers(net), sigmas):
+        set_sigma(layer, sigma)
     return net
 
 
@@ -429,18 +476,31 @@ def table(rows):
     return "\n".join(lines)
 
 
-def plot(path, rows):
-    """ECE and Brier score against the severity of salt & pepper, mean ± std over seeds."""
+def plot(path, rows, runs, labels, corruption):
+    """ECE and Brier score against severity, mean ± std over seeds; reliability; the difference of predictive stds."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axis, metric, label in zip(figure.subplots(1, 2), ("ece", "brier"), ("ECE, %", "Brier score, 1/100")):
-        keys = [metric, *(f"salt_and_pepper_{i}_{metric}" for i in range(1, 6))]
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
+    for axis, metric, label in zip(axes, ("ece", "brier"), ("ECE, %", "Brier score, 1/100")):
+        keys = [metric, *(f"{corruption}_{i}_{metric}" for i in range(1, 6))]
         for row in rows:
             if " - " not in row["name"]:
                 axis.errorbar(range(6), [100 * row[key] for key in keys],
                               [100 * row.get(f"{key}_std", 0) for key in keys], capsize=2, label=row["name"])
-        axis.set(xlabel="severity of salt & pepper", ylabel=label)
-    axis.legend(frameon=False)
+        axis.set(xlabel=f"severity of {corruption}", ylabel=label)
+    axes[0].legend(frameon=False)
+    for axis, condition, title in zip(axes[2:], ("", f"{corruption}_3_"), ("clean", f"{corruption}, severity 3")):
+        for name, some in runs.items():
+            probs = torch.cat([run["predictions"][condition, ""] for run in some])
+            share, confidence, accuracy = calibration(probs, labels.repeat(len(some)))
+            axis.plot(confidence[share > 0], (accuracy - confidence)[share > 0], ".-", label=name)
+        axis.axhline(0, color="0.8")
+        axis.set(xlabel=f"confidence, {title}", ylabel="accuracy - confidence")
+    for axis, (name, difference) in zip(axes[4:], std_differences(runs).items()):
+        axis.hist(difference.numpy(), 60, density=True)
+        x = torch.linspace(*axis.get_xlim(), 200)
+        axis.plot(x, torch.distributions.Normal(difference.mean(), difference.std()).log_prob(x).exp())
+        axis.set(xlabel=f"difference of stds, {name}", ylabel="density, and a Gaussian's")
     figure.savefig(path, dpi=150)
 
 
@@ -459,8 +519,6 @@ def parse(argv):
     data = parser.add_argument_group("data").add_argument
     data("--data", choices=tuple(DEFAULTS), default="glyphs" if there[0] == "cpu" else "cifar10", help="images")
     model = parser.add_argument_group("model").add_argument
-    model("--bayes", action=argparse.BooleanOptionalAction, default=True, help="BYOV; without it, BYOL")
-    model("--supervised", action="store_true", help="labels in place of BYOL")
     model("--encoder", choices=("resnet18", "conv"), help="for 3 x 32 x 32")
     model("--width", type=int, help="channels of the first layer; an encoder gives 8 times as many")
     model("--prior_std", type=float, help="of the prior, and the most that sigma grows to")
@@ -476,17 +534,19 @@ def parse(argv):
     evaluation("--corruptions", nargs="+", choices=tuple(CORRUPTIONS), default=["salt_and_pepper"],
                help="of the test images, at five severities")
     run = parser.add_argument_group("run").add_argument
-    run("--seeds", type=int, default=1, help="with --compare: runs an arm, up to 10")
+    run("--seeds", type=int, default=1, help="runs an arm, up to 10")
     run("--seed", type=int, default=1337, help="of weights, batches, views and draws")
     run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity")
-    run("--out_dir", default="out/byov", help="for checkpoint.pt, log.jsonl, metrics.json")
-    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit; or from each run's")
+    run("--out_dir", default="out/byov", help="for metrics.json, and a folder for each arm and seed")
+    run("--resume", action="store_true", help="go on from the checkpoints in out_dir, bit for bit")
     run("--eval_interval", type=int, default=500, help="steps between evaluations, each with a checkpoint")
+    run("--arms", nargs="+", choices=tuple(ARMS), default=["BYOV"], help="methods to train and measure")
     run("--compare", action="store_true", help="all --arms, in one table")
-    run("--arms", nargs="+", choices=ARMS, default=ARMS, help="with --compare")
     run("--device", choices=there, default=there[0], help="of what this machine has")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data])
     args = parser.parse_args(argv)
+    args.arms = [*ARMS] if args.compare else args.arms
+    vars(args).update(ARMS[args.arms[0]])
     lowest = dict(width=1, prior_std=1e-6, steps=1, batch=2, lr=1e-9, weight_decay=0, tau=0, samples=1, seeds=1, seed=0,
                   eval_interval=1)
     for wrong, message in (
@@ -494,7 +554,7 @@ def parse(argv):
               for name, low in lowest.items()),
             (args.tau > 1 or args.seeds > 10, f"--tau {args.tau} --seeds {args.seeds}; allowed: up to 1, up to 10"),
             (min(args.probe_labels) < 0, f"--probe_labels {args.probe_labels}; allowed: 0 or more"),
-            ("BYOL+noise" in args.arms and len({*args.arms}) < 3, "--arms BYOL+noise; allowed: after BYOL and BYOV"),
+            ("BYOL+noise" in args.arms and args.arms[:2] != ["BYOL", "BYOV"], "--arms BYOL+noise; needs: BYOL BYOV first"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
@@ -522,18 +582,15 @@ def main(argv=None):
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}, "
           f"{sum(p.numel() for p in Network(args).parameters()):,} parameters")
-    if args.compare:
-        rows = compare(args, data, device, autocast, out_dir)
-        result = dict(rows=rows)
-    else:
-        net, metrics = train(args, data, device, autocast, out_dir)
-        result = metrics | evaluate(net, data, args, autocast)
-        rows = [dict(result, name="BYOV" if args.bayes else "BYOL", seeds=1)]
+    rows, runs = compare(args, data, device, autocast, out_dir)
+    result = dict(rows=rows) if len(rows) > 1 else dict(rows[0])
+    if differences := std_differences(runs):
+        result["std_differences"] = {key: gaussian_fit(x) for key, x in differences.items()}
     print(table(rows))
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, rows)
+        plot(args.plot, rows, runs, data["test"][1].cpu(), args.corruptions[0])
     return result
 
 
