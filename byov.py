@@ -186,11 +186,11 @@ def loss_terms(online, target, views, labels, args):
 # -------- Evaluation. N images, S draws of the weights, K classes; probs (N, K).
 
 def calibration(probs, labels):
-    """(share of the images, mean confidence, accuracy) in each of 15 equal bins of the largest probability."""
+    """(3, 15): share of the images, mean confidence, accuracy, in each of 15 equal bins of the largest probability."""
     confidence, guess = probs.max(1)
     values = torch.stack([torch.ones_like(confidence), confidence, (guess == labels).float()])
     sums = torch.zeros(3, 15, device=probs.device).index_add(1, (15 * confidence).long().clamp(max=14), values)
-    return sums[0] / len(probs), *(sums[1:] / sums[0].clamp(min=1))
+    return torch.stack([sums[0] / len(probs), *(sums[1:] / sums[0].clamp(min=1))])
 
 
 def measure(probs, labels):
@@ -250,19 +250,18 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """(metrics, predictions {(condition, variant): probs}, stds {condition: (N,)}) on test, averaged over S draws.
+    """(kNN accuracy, predictions {(condition, variant): probs}, std (N,) over draws of a clean image's prediction).
 
     A condition is [COUNT_labels_][CORRUPTION_SEVERITY_], a variant "", _scaled by the temperature for val, _S_draws or
-    _mean_weights. stds are those, over draws, of the probability of the class that the mean gives most."""
+    _mean_weights. Predictions are for test, by the classifier that was supervised or by probes fitted to train."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if args.bayes else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
     train_h, val_h = (features(net, images, autocast, seeds) for images in (train_x, val_x))
-    heads = {"": lambda h: net.probe(h.float())}  # what supervision trained; else probes fitted to train
+    heads, predictions, stds = {"": lambda h: net.probe(h.float())}, {}, []
     if not args.supervised:
         heads = {f"{n}_labels_" if i else "": fit_probe(train_h[:, :n or None], train_y[:n or None])
                  for i, n in enumerate(args.probe_labels)}
-    predictions, stds = {}, {}
     for name, i in [("", 0), *product(args.corruptions, range(1, 6))]:
         h = features(net, corrupt(test_x, name, i) if i else test_x, autocast, seeds)
         for prefix, head in heads.items():
@@ -273,10 +272,8 @@ def evaluate(net, data, args, autocast):
             if i == 0:
                 predictions |= {(condition, f"_{s}_draws"): draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
                 predictions[condition, "_mean_weights"] = head(queries).softmax(-1)
-            stds[condition] = draws.std(0, correction=0).gather(1, mean.argmax(1, keepdim=True))[:, 0]
-    metrics = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)) | measure_all(predictions, test_y)
-    metrics |= {f"{condition}predictive_std": std.mean().item() for condition, std in stds.items()}
-    return metrics, predictions, stds
+                stds.append(draws.std(0, correction=0).gather(1, mean.argmax(1, keepdim=True))[:, 0])
+    return knn_accuracy(bank, train_y, queries, test_y), predictions, stds[0]
 
 
 def measure_all(predictions, labels):
@@ -289,21 +286,12 @@ def measure_all(predictions, labels):
 
 
 def gaussian_fit(x):
-    """Moments of x (N,), and how far it is from a Gaussian: KS distance, and R^2 of the line of quantiles."""
-    normal, quantiles = torch.distributions.Normal(0.0, 1.0), (torch.arange(len(x)) + 0.5) / len(x)
-    z = (x.sort().values - x.mean()) / x.std()
+    """Moments of x (N,), and how Gaussian it is: Kolmogorov and Smirnov's distance, R^2 of the line of quantiles."""
+    z, shares = (x - x.mean()) / x.std(), (torch.arange(len(x), device=x.device) + 0.5) / len(x)
+    r = torch.corrcoef(torch.stack([z.sort().values, torch.special.ndtri(shares)]))[0, 1]
+    distance = (torch.special.ndtr(z.sort().values) - shares).abs().max()
     return dict(mean=x.mean().item(), std=x.std().item(), skewness=z.pow(3).mean().item(),
-                excess_kurtosis=z.pow(4).mean().item() - 3, ks=(normal.cdf(z) - quantiles).abs().max().item(),
-                qq_r2=torch.corrcoef(torch.stack([z, normal.icdf(quantiles)]))[0, 1].square().item())
-
-
-def std_differences(runs):
-    """{name: (N,)}: the std of a prediction, clean, of BYOV less that of supervised BBB; and between the latter's seeds."""
-    stds = {name: [run["stds"][""] for run in some] for name, some in runs.items()}
-    byov, bbb = stds.get("BYOV", []), stds.get("supervised BBB", [])
-    pairs = {"BYOV - supervised BBB": zip(byov, bbb), "supervised BBB, seed - next": zip(bbb, bbb[1:])}
-    found = {name: [a - b for a, b in some] for name, some in pairs.items()}
-    return {name: torch.cat(some).cpu() for name, some in found.items() if some}
+                excess_kurtosis=z.pow(4).mean().item() - 3, ks=distance.item(), qq_r2=r.square().item())
 
 
 # -------- Training
@@ -313,14 +301,6 @@ def save_checkpoint(path, state):
     part = path.with_suffix(".part")
     torch.save(state, part)
     part.replace(path)
-
-
-def load_checkpoint(path, device, args):
-    state = torch.load(path, map_location=device, weights_only=True)
-    if differing := [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
-                     if state["args"][name] != getattr(args, name)]:
-        fail(f"--resume: {path} is another architecture: {'; '.join(differing)}")
-    return state
 
 
 def train(args, data, device, autocast, out_dir):
@@ -343,7 +323,10 @@ def train(args, data, device, autocast, out_dir):
         optimizers.append(torch.optim.Adam([dict(params=rhos, speed=0.01 / args.lr)], fused=on_gpu))  # peak 0.01
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and path.exists():
-        saved = load_checkpoint(path, device, args)
+        saved = torch.load(path, map_location=device, weights_only=True)
+        if differing := [f"{name} {saved['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
+                         if saved["args"][name] != getattr(args, name)]:
+            fail(f"--resume: {path} is another architecture: {'; '.join(differing)}")
         first, metrics = saved["step"], saved["metrics"]
         if first > args.steps:
             fail(f"--resume: {out_dir} is at step {first}; allowed: --steps {first} or more")
@@ -354,7 +337,7 @@ def train(args, data, device, autocast, out_dir):
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    began, clock, counted, tick, trouble = time.time() - metrics["seconds"], 0.0, 0, None, None
+    began, tick, trouble = time.time() - metrics["seconds"], None, None
     bar = tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1)
     for step in range(first, args.steps):
         warmup = args.steps // 10  # then a cosine to zero
@@ -379,15 +362,14 @@ def train(args, data, device, autocast, out_dir):
         if due or (step + 1) % 10 == 0:
             spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
             bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
-            if tick:  # .item() has waited for the device, so that the clock tells the truth
-                clock, counted = clock + time.time() - tick[0], counted + step - tick[1]
-            tick = time.time(), step
             if not math.isfinite(loss.item()):
                 trouble = f"loss {loss.item()} at step {step}, learning rate {group['lr']:.2e}", 1
             elif spread < 0.1:
                 trouble = (f"step {step + 1}: the embedding has collapsed: {spread:.3f} of the std of a healthy one\n"
                            "HINT: a smaller --lr, a larger --tau or a smaller --prior_std"), 1
         if due:
+            if tick:  # since the evaluation before; .item() has waited for the device
+                metrics["images_per_s"] = args.batch * (step + 1 - tick[1]) / (time.time() - tick[0])
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
             share = torch.linalg.svdvals(queries.float() - queries.float().mean(0)).square()
             share = share / share.sum()
@@ -398,10 +380,10 @@ def train(args, data, device, autocast, out_dir):
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            metrics = dict(seconds=time.time() - began, images_per_s=counted * args.batch / max(clock, 1e-9))
+            metrics["seconds"] = time.time() - began
             save_checkpoint(path, dict({name: part.state_dict() for name, part in parts.items()}, args=vars(args),
                                        step=step + 1, metrics=metrics))
-            tick = None
+            tick = time.time(), step + 1
             if stop:
                 trouble = f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130
         if trouble:
@@ -415,24 +397,23 @@ def train(args, data, device, autocast, out_dir):
 # -------- The paper's claims
 
 def compare(args, data, device, autocast, out_dir):
-    """(rows, runs): mean and std of each arm's metrics, for equal seeds, data and budget, and of BYOV's paired
-    differences; and, for each arm, what every seed predicted."""
-    runs = {name: [] for name in args.arms}
+    """Trains and measures each arm with each seed, on equal data and budget. Returns rows, each arm's and BYOV's paired
+    differences, mean and std of the metrics, and runs, what the seeds of each arm predicted."""
+    runs, labels = {name: [] for name in args.arms}, data["test"][1]
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.arms):
         arm = argparse.Namespace(**vars(args) | ARMS[name] | dict(seed=seed))
-        folders = {which: out_dir / f"{which.replace(' ', '_')}_seed_{seed}" for which in ARMS}
-        path, recipe = folders[name] / "run.pt", {key: vars(arm)[key] for key in RECIPE}
-        run = torch.load(path, weights_only=True) if args.resume and path.exists() else {}
+        folder, byol = (out_dir / f"{which.replace(' ', '_')}_seed_{seed}" for which in (name, "BYOL"))
+        path, recipe = folder / "run.pt", {key: vars(arm)[key] for key in RECIPE}
+        run = torch.load(path, map_location=device, weights_only=True) if args.resume and path.exists() else {}
         if run.get("recipe") != recipe:
             if name == "BYOL+noise":
-                net, metrics = untrained_noise(arm, device, folders["BYOL"], runs["BYOV"][-1]["sigmas"]), {}
+                net, metrics = untrained_noise(arm, device, byol, runs["BYOV"][-1]["sigmas"]), {}
             else:
-                net, metrics = train(arm, data, device, autocast, folders[name])
-            found, *arrays = evaluate(net, data, arm, autocast)
-            predictions, stds = ({key: x.cpu() for key, x in array.items()} for array in arrays)
-            run = dict(recipe=recipe, metrics=metrics | found, predictions=predictions, stds=stds,
-                       sigmas=relative_sigmas(net))
-            path.parent.mkdir(exist_ok=True)
+                net, metrics = train(arm, data, device, autocast, folder)
+            knn, predictions, std = evaluate(net, data, arm, autocast)
+            run = dict(recipe=recipe, predictions=predictions, std=std, sigmas=relative_sigmas(net),
+                       metrics=dict(metrics, knn_acc=knn, **measure_all(predictions, labels)))
+            folder.mkdir(exist_ok=True)
             save_checkpoint(path, run)
         runs[name].append(run)
     found = {name: [run["metrics"] for run in some] for name, some in runs.items()}
@@ -447,9 +428,9 @@ def compare(args, data, device, autocast, out_dir):
         if args.seeds > 1:
             rows[-1] |= {f"{key}_std": x.std().item() for key, x in values.items()}
     if "BYOL" in runs and args.seeds > 1:
-        ensemble = {key: torch.stack([run["predictions"][key] for run in runs["BYOL"]]).mean(0)
-                    for key in runs["BYOL"][0]["predictions"]}
-        rows.append(dict(name=f"ensemble of {args.seeds} BYOL", seeds=1) | measure_all(ensemble, data["test"][1].cpu()))
+        members = [run["predictions"] for run in runs["BYOL"]]
+        mean = {key: torch.stack([member[key] for member in members]).mean(0) for key in members[0]}
+        rows.append(dict(name=f"ensemble of {args.seeds} BYOL", seeds=1) | measure_all(mean, labels))
     return rows, runs
 
 
@@ -476,31 +457,37 @@ def table(rows):
     return "\n".join(lines)
 
 
+def std_differences(runs):
+    """{name: (N,)}: the std of a prediction, BYOV's less supervised BBB's, and the latter's between seeds."""
+    byov, bbb = (torch.stack([run["std"] for run in runs[name]]) for name in ("BYOV", "supervised BBB"))  # (seeds, N)
+    found = {"BYOV - supervised BBB": byov - bbb, "supervised BBB, seed - next": bbb[:-1] - bbb[1:]}
+    return {name: x.flatten().cpu() for name, x in found.items() if len(x)}
+
+
 def plot(path, rows, runs, labels, corruption):
-    """ECE and Brier score against severity, mean ± std over seeds; reliability; the difference of predictive stds."""
+    """ECE and Brier score against severity, mean ± std over seeds; reliability; differences of std."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 6), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
-    for axis, metric, label in zip(axes, ("ece", "brier"), ("ECE, %", "Brier score, 1/100")):
+    for axis, metric in zip(axes, ("ece", "brier")):
         keys = [metric, *(f"{corruption}_{i}_{metric}" for i in range(1, 6))]
-        for row in rows:
-            if " - " not in row["name"]:
-                axis.errorbar(range(6), [100 * row[key] for key in keys],
-                              [100 * row.get(f"{key}_std", 0) for key in keys], capsize=2, label=row["name"])
-        axis.set(xlabel=f"severity of {corruption}", ylabel=label)
+        for row in [row for row in rows if " - " not in row["name"]]:
+            axis.errorbar(range(6), [100 * row[key] for key in keys], [100 * row.get(f"{key}_std", 0) for key in keys],
+                          capsize=2, label=row["name"])
+        axis.set(xlabel=f"severity of {corruption}", ylabel=f"{metric}, %")
     axes[0].legend(frameon=False)
-    for axis, condition, title in zip(axes[2:], ("", f"{corruption}_3_"), ("clean", f"{corruption}, severity 3")):
+    for axis, condition in zip(axes[2:], ("", f"{corruption}_3_")):
         for name, some in runs.items():
             probs = torch.cat([run["predictions"][condition, ""] for run in some])
-            share, confidence, accuracy = calibration(probs, labels.repeat(len(some)))
-            axis.plot(confidence[share > 0], (accuracy - confidence)[share > 0], ".-", label=name)
-        axis.axhline(0, color="0.8")
-        axis.set(xlabel=f"confidence, {title}", ylabel="accuracy - confidence")
-    for axis, (name, difference) in zip(axes[4:], std_differences(runs).items()):
-        axis.hist(difference.numpy(), 60, density=True)
-        x = torch.linspace(*axis.get_xlim(), 200)
-        axis.plot(x, torch.distributions.Normal(difference.mean(), difference.std()).log_prob(x).exp())
-        axis.set(xlabel=f"difference of stds, {name}", ylabel="density, and a Gaussian's")
+            share, confidence, accuracy = calibration(probs, labels.repeat(len(some))).cpu()
+            axis.plot(confidence[share > 0], (accuracy - confidence)[share > 0], ".-")
+        axis.set(xlabel=f"confidence, {condition or 'clean'}", ylabel="accuracy - confidence")
+    if {"BYOV", "supervised BBB"} <= runs.keys():
+        for axis, (name, x) in zip(axes[4:], std_differences(runs).items()):
+            axis.hist(x, 60, density=True)
+            grid = torch.linspace(*axis.get_xlim(), 200)
+            axis.plot(grid, torch.distributions.Normal(x.mean(), x.std()).log_prob(grid).exp())
+            axis.set(xlabel=f"std of predictions, {name}", ylabel="density, and a Gaussian's")
     figure.savefig(path, dpi=150)
 
 
@@ -584,13 +571,13 @@ def main(argv=None):
           f"{sum(p.numel() for p in Network(args).parameters()):,} parameters")
     rows, runs = compare(args, data, device, autocast, out_dir)
     result = dict(rows=rows) if len(rows) > 1 else dict(rows[0])
-    if differences := std_differences(runs):
-        result["std_differences"] = {key: gaussian_fit(x) for key, x in differences.items()}
+    if {"BYOV", "supervised BBB"} <= runs.keys():
+        result["std_differences"] = {name: gaussian_fit(x) for name, x in std_differences(runs).items()}
     print(table(rows))
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, rows, runs, data["test"][1].cpu(), args.corruptions[0])
+        plot(args.plot, rows, runs, data["test"][1], args.corruptions[0])
     return result
 
 
