@@ -11,7 +11,7 @@ p1 and p2 come from drawn online weights, t1 and t2 from the target, an average 
 lambda = weight_decay * prior_std^2 makes its gradient on mu plain weight decay, which the optimiser does, as for BYOL.
 
     python byov.py                trains BYOV, then measures a linear probe, on clean and corrupted images
-    python byov.py --compare      BYOL, BYOV, and BYOL with untrained noise of equal size on its weights
+    python byov.py --compare      BYOL, BYOV, BYOL with untrained noise of equal size, and supervised with and without BBB
 
 On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abstract was known: the rest is our choice,
 such as to pass both views as one batch, which share batch norm's statistics and the draw of convolutions.
@@ -42,11 +42,10 @@ DEFAULTS = {
     "cifar10": dict(encoder="resnet18", width=64, batch=128, steps=8000, lr=0.1, weight_decay=5e-4, prior_std=0.01,
                     samples=16, probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
-ARMS = {"BYOL": dict(bayes=False, supervised=False), "BYOV": dict(bayes=True, supervised=False),
-        "BYOL+noise": dict(bayes=True, supervised=False), "supervised": dict(bayes=False, supervised=True),
-        "supervised BBB": dict(bayes=True, supervised=True)}
-ARCHITECTURE = "data bayes supervised encoder width".split()
-RECIPE = [*ARCHITECTURE, *"steps batch lr weight_decay tau prior_std samples probe_labels corruptions".split()]
+ARMS = {name: dict(bayes=name not in ("BYOL", "supervised"), supervised="supervised" in name)
+        for name in ("BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB")}
+TRAINING = "data bayes supervised encoder width steps batch lr weight_decay tau prior_std".split()
+RECIPE = [*TRAINING, "samples", "probe_labels", "corruptions"]
 COLUMNS = {"knn_acc": "kNN %", "linear_acc": "linear %", "nll": "NLL", "brier": "Brier %", "ece": "ECE %",
            "ece_scaled": "scaled ECE %", "salt_and_pepper_linear_acc": "salt & pepper: linear %",
            "salt_and_pepper_brier": "Brier %", "salt_and_pepper_ece": "ECE %",
@@ -324,12 +323,10 @@ def train(args, data, device, autocast, out_dir):
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        if differing := [f"{name} {saved['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
+        if differing := [f"{name} {saved['args'][name]} there, {getattr(args, name)} here" for name in TRAINING
                          if saved["args"][name] != getattr(args, name)]:
-            fail(f"--resume: {path} is another architecture: {'; '.join(differing)}")
+            fail(f"--resume: {path} is of another run: {'; '.join(differing)}")
         first, metrics = saved["step"], saved["metrics"]
-        if first > args.steps:
-            fail(f"--resume: {out_dir} is at step {first}; allowed: --steps {first} or more")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -337,7 +334,7 @@ def train(args, data, device, autocast, out_dir):
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    began, tick, trouble = time.time() - metrics["seconds"], None, None
+    began, tick = time.time() - metrics["seconds"], None
     bar = tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1)
     for step in range(first, args.steps):
         warmup = args.steps // 10  # then a cosine to zero
@@ -363,20 +360,19 @@ def train(args, data, device, autocast, out_dir):
             spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
             bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
             if not math.isfinite(loss.item()):
-                trouble = f"loss {loss.item()} at step {step}, learning rate {group['lr']:.2e}", 1
-            elif spread < 0.1:
-                trouble = (f"step {step + 1}: the embedding has collapsed: {spread:.3f} of the std of a healthy one\n"
-                           "HINT: a smaller --lr, a larger --tau or a smaller --prior_std"), 1
+                fail(f"loss {loss.item()} at step {step}, learning rate {group['lr']:.2e}", 1)
+            if spread < 0.1:
+                fail(f"step {step + 1}: the embedding has collapsed: {spread:.3f} of the std of a healthy one\n"
+                     "HINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
         if due:
             if tick:  # since the evaluation before; .item() has waited for the device
                 metrics["images_per_s"] = args.batch * (step + 1 - tick[1]) / (time.time() - tick[0])
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
-            share = torch.linalg.svdvals(queries.float() - queries.float().mean(0)).square()
-            share = share / share.sum()
+            covariance = queries.float().T.cov()
             ratios = relative_sigmas(online)
             record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(),
                           spread=spread, sigma_over_mu=sum(ratios) / max(1, len(ratios)),
-                          effective_rank=torch.special.entr(share).sum().exp().item(),
+                          effective_rank=(covariance.trace() ** 2 / covariance.square().sum()).item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
@@ -385,10 +381,7 @@ def train(args, data, device, autocast, out_dir):
                                        step=step + 1, metrics=metrics))
             tick = time.time(), step + 1
             if stop:
-                trouble = f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130
-        if trouble:
-            bar.close()
-            fail(*trouble)
+                fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
     bar.close()
     signal.signal(signal.SIGINT, previous)
     return online, metrics
@@ -399,15 +392,18 @@ def train(args, data, device, autocast, out_dir):
 def compare(args, data, device, autocast, out_dir):
     """Trains and measures each arm with each seed, on equal data and budget. Returns rows, each arm's and BYOV's paired
     differences, mean and std of the metrics, and runs, what the seeds of each arm predicted."""
-    runs, labels = {name: [] for name in args.arms}, data["test"][1]
-    for seed, name in product(range(args.seed, args.seed + args.seeds), args.arms):
+    runs, labels = {name: [] for name in args.compare}, data["test"][1]
+    for seed, name in product(range(args.seed, args.seed + args.seeds), args.compare):
         arm = argparse.Namespace(**vars(args) | ARMS[name] | dict(seed=seed))
-        folder, byol = (out_dir / f"{which.replace(' ', '_')}_seed_{seed}" for which in (name, "BYOL"))
+        folder, byol = out_dir / f"{name}_seed_{seed}".replace(" ", "_"), out_dir / f"BYOL_seed_{seed}/checkpoint.pt"
         path, recipe = folder / "run.pt", {key: vars(arm)[key] for key in RECIPE}
         run = torch.load(path, map_location=device, weights_only=True) if args.resume and path.exists() else {}
         if run.get("recipe") != recipe:
-            if name == "BYOL+noise":
-                net, metrics = untrained_noise(arm, device, byol, runs["BYOV"][-1]["sigmas"]), {}
+            if name == "BYOL+noise":  # of the size, relative to the weights of a layer, that BYOV learned there
+                (net, _), metrics = make_networks(arm, device), {}
+                net.load_state_dict(torch.load(byol, device, weights_only=True)["online"], strict=False)
+                for layer, sigma in zip(bayesian_layers(net), runs["BYOV"][-1]["sigmas"]):
+                    set_sigma(layer, sigma)
             else:
                 net, metrics = train(arm, data, device, autocast, folder)
             knn, predictions, std = evaluate(net, data, arm, autocast)
@@ -432,15 +428,6 @@ def compare(args, data, device, autocast, out_dir):
         mean = {key: torch.stack([member[key] for member in members]).mean(0) for key in members[0]}
         rows.append(dict(name=f"ensemble of {args.seeds} BYOL", seeds=1) | measure_all(mean, labels))
     return rows, runs
-
-
-def untrained_noise(args, device, byol, sigmas):
-    """BYOL's network, with noise in each layer of the size, relative to its weights, that BYOV learned there."""
-    net, _ = make_networks(args, device)
-    net.load_state_dict(torch.load(byol / "checkpoint.pt", device, weights_only=True)["online"], strict=False)
-    for layer, sigma in zip(bayesian_layers(net), sigmas):
-        set_sigma(layer, sigma)
-    return net
 
 
 def table(rows):
@@ -494,7 +481,7 @@ def plot(path, rows, runs, labels, corruption):
 # -------- Arguments
 
 def fail(message, status=2):
-    print(f"ERROR: {message}", file=sys.stderr)
+    tqdm.write(f"ERROR: {message}", file=sys.stderr)  # clear of a progress bar
     raise SystemExit(status)
 
 
@@ -521,27 +508,25 @@ def parse(argv):
     evaluation("--corruptions", nargs="+", choices=tuple(CORRUPTIONS), default=["salt_and_pepper"],
                help="of the test images, at five severities")
     run = parser.add_argument_group("run").add_argument
+    run("--compare", nargs="*", choices=ARMS, metavar="ARM", help=f"some of {', '.join(ARMS)}; none is all")
     run("--seeds", type=int, default=1, help="runs an arm, up to 10")
     run("--seed", type=int, default=1337, help="of weights, batches, views and draws")
     run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity")
     run("--out_dir", default="out/byov", help="for metrics.json, and a folder for each arm and seed")
     run("--resume", action="store_true", help="go on from the checkpoints in out_dir, bit for bit")
     run("--eval_interval", type=int, default=500, help="steps between evaluations, each with a checkpoint")
-    run("--arms", nargs="+", choices=tuple(ARMS), default=["BYOV"], help="methods to train and measure")
-    run("--compare", action="store_true", help="all --arms, in one table")
     run("--device", choices=there, default=there[0], help="of what this machine has")
-    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data])
+    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data], **ARMS["BYOV"])
     args = parser.parse_args(argv)
-    args.arms = [*ARMS] if args.compare else args.arms
-    vars(args).update(ARMS[args.arms[0]])
-    lowest = dict(width=1, prior_std=1e-6, steps=1, batch=2, lr=1e-9, weight_decay=0, tau=0, samples=1, seeds=1, seed=0,
-                  eval_interval=1)
+    args.compare = [*ARMS] if args.compare == [] else args.compare or ["BYOV"]
+    allowed = dict(width=(1, 1e4), prior_std=(1e-6, 1e3), steps=(1, 1e9), batch=(2, 1e6), lr=(1e-9, 1e3), tau=(0, 1),
+                   weight_decay=(0, 1), samples=(1, 1e4), seeds=(1, 10), seed=(0, 1e9), eval_interval=(1, 1e9))
     for wrong, message in (
-            *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
-              for name, low in lowest.items()),
-            (args.tau > 1 or args.seeds > 10, f"--tau {args.tau} --seeds {args.seeds}; allowed: up to 1, up to 10"),
+            *((not low <= getattr(args, name) <= high, f"--{name} {getattr(args, name)}; allowed: {low} to {high:g}")
+              for name, (low, high) in allowed.items()),
             (min(args.probe_labels) < 0, f"--probe_labels {args.probe_labels}; allowed: 0 or more"),
-            ("BYOL+noise" in args.arms and args.arms[:2] != ["BYOL", "BYOV"], "--arms BYOL+noise; needs: BYOL BYOV first"),
+            ("BYOL+noise" in args.compare and args.compare[:2] != ["BYOL", "BYOV"],
+             "--compare BYOL+noise; allowed: after BYOL BYOV"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
