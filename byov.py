@@ -249,15 +249,15 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """(kNN accuracy, predictions {(condition, variant): probs}, std (N,) over draws of a clean image's prediction).
+    """(kNN accuracy, predictions {(condition, variant): probs (N, K)}) on test.
 
     A condition is [COUNT_labels_][CORRUPTION_SEVERITY_], a variant "", _scaled by the temperature for val, _S_draws or
-    _mean_weights. Predictions are for test, by the classifier that was supervised or by probes fitted to train."""
+    _mean_weights. Predictions are those of the classifier that was supervised, or of probes fitted to train."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if args.bayes else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
     train_h, val_h = (features(net, images, autocast, seeds) for images in (train_x, val_x))
-    heads, predictions, stds = {"": lambda h: net.probe(h.float())}, {}, []
+    heads, predictions = {"": lambda h: net.probe(h.float())}, {}
     if not args.supervised:
         heads = {f"{n}_labels_" if i else "": fit_probe(train_h[:, :n or None], train_y[:n or None])
                  for i, n in enumerate(args.probe_labels)}
@@ -271,8 +271,7 @@ def evaluate(net, data, args, autocast):
             if i == 0:
                 predictions |= {(condition, f"_{s}_draws"): draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
                 predictions[condition, "_mean_weights"] = head(queries).softmax(-1)
-                stds.append(draws.std(0, correction=0).gather(1, mean.argmax(1, keepdim=True))[:, 0])
-    return knn_accuracy(bank, train_y, queries, test_y), predictions, stds[0]
+    return knn_accuracy(bank, train_y, queries, test_y), predictions
 
 
 def measure_all(predictions, labels):
@@ -282,15 +281,6 @@ def measure_all(predictions, labels):
     for key in [key for key in metrics if "_5_" in key]:
         metrics[key.replace("_5_", "_")] = sum(metrics[key.replace("_5_", f"_{i}_")] for i in range(1, 6)) / 5
     return metrics
-
-
-def gaussian_fit(x):
-    """Moments of x (N,), and how Gaussian it is: Kolmogorov and Smirnov's distance, R^2 of the line of quantiles."""
-    z, shares = (x - x.mean()) / x.std(), (torch.arange(len(x), device=x.device) + 0.5) / len(x)
-    r = torch.corrcoef(torch.stack([z.sort().values, torch.special.ndtri(shares)]))[0, 1]
-    distance = (torch.special.ndtr(z.sort().values) - shares).abs().max()
-    return dict(mean=x.mean().item(), std=x.std().item(), skewness=z.pow(3).mean().item(),
-                excess_kurtosis=z.pow(4).mean().item() - 3, ks=distance.item(), qq_r2=r.square().item())
 
 
 # -------- Training
@@ -335,8 +325,8 @@ def train(args, data, device, autocast, out_dir):
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     began, tick = time.time() - metrics["seconds"], None
-    bar = tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1)
-    for step in range(first, args.steps):
+    bar = tqdm(range(first, args.steps), out_dir.name, args.steps, initial=first, mininterval=1)
+    for step in bar:
         warmup = args.steps // 10  # then a cosine to zero
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (args.steps - warmup))
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
@@ -354,7 +344,6 @@ def train(args, data, device, autocast, out_dir):
             optimizer.zero_grad()
         with torch.no_grad():  # target <- tau target + (1 - tau) online, and tau rises to 1
             torch._foreach_lerp_(averages, sources, (1 - args.tau) * (1 + math.cos(math.pi * step / args.steps)) / 2)
-        bar.update()
         due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
         if due or (step + 1) % 10 == 0:
             spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
@@ -382,7 +371,6 @@ def train(args, data, device, autocast, out_dir):
             tick = time.time(), step + 1
             if stop:
                 fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
-    bar.close()
     signal.signal(signal.SIGINT, previous)
     return online, metrics
 
@@ -406,8 +394,8 @@ def compare(args, data, device, autocast, out_dir):
                     set_sigma(layer, sigma)
             else:
                 net, metrics = train(arm, data, device, autocast, folder)
-            knn, predictions, std = evaluate(net, data, arm, autocast)
-            run = dict(recipe=recipe, predictions=predictions, std=std, sigmas=relative_sigmas(net),
+            knn, predictions = evaluate(net, data, arm, autocast)
+            run = dict(recipe=recipe, predictions=predictions, sigmas=relative_sigmas(net),
                        metrics=dict(metrics, knn_acc=knn, **measure_all(predictions, labels)))
             folder.mkdir(exist_ok=True)
             save_checkpoint(path, run)
@@ -444,18 +432,11 @@ def table(rows):
     return "\n".join(lines)
 
 
-def std_differences(runs):
-    """{name: (N,)}: the std of a prediction, BYOV's less supervised BBB's, and the latter's between seeds."""
-    byov, bbb = (torch.stack([run["std"] for run in runs[name]]) for name in ("BYOV", "supervised BBB"))  # (seeds, N)
-    found = {"BYOV - supervised BBB": byov - bbb, "supervised BBB, seed - next": bbb[:-1] - bbb[1:]}
-    return {name: x.flatten().cpu() for name, x in found.items() if len(x)}
-
-
 def plot(path, rows, runs, labels, corruption):
-    """ECE and Brier score against severity, mean ± std over seeds; reliability; differences of std."""
+    """ECE and Brier score against severity, mean ± std over seeds; reliability."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axes = figure.subplots(2, 2).flatten()
     for axis, metric in zip(axes, ("ece", "brier")):
         keys = [metric, *(f"{corruption}_{i}_{metric}" for i in range(1, 6))]
         for row in [row for row in rows if " - " not in row["name"]]:
@@ -469,12 +450,6 @@ def plot(path, rows, runs, labels, corruption):
             share, confidence, accuracy = calibration(probs, labels.repeat(len(some))).cpu()
             axis.plot(confidence[share > 0], (accuracy - confidence)[share > 0], ".-")
         axis.set(xlabel=f"confidence, {condition or 'clean'}", ylabel="accuracy - confidence")
-    if {"BYOV", "supervised BBB"} <= runs.keys():
-        for axis, (name, x) in zip(axes[4:], std_differences(runs).items()):
-            axis.hist(x, 60, density=True)
-            grid = torch.linspace(*axis.get_xlim(), 200)
-            axis.plot(grid, torch.distributions.Normal(x.mean(), x.std()).log_prob(grid).exp())
-            axis.set(xlabel=f"std of predictions, {name}", ylabel="density, and a Gaussian's")
     figure.savefig(path, dpi=150)
 
 
@@ -556,8 +531,6 @@ def main(argv=None):
           f"{sum(p.numel() for p in Network(args).parameters()):,} parameters")
     rows, runs = compare(args, data, device, autocast, out_dir)
     result = dict(rows=rows) if len(rows) > 1 else dict(rows[0])
-    if {"BYOV", "supervised BBB"} <= runs.keys():
-        result["std_differences"] = {name: gaussian_fit(x) for name, x in std_differences(runs).items()}
     print(table(rows))
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))

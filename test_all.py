@@ -661,9 +661,10 @@ class BYOV(unittest.TestCase):
         self.assertLess(byov.kl_divergence(net, 0.3).abs(), 1e-3)
 
     def test_byol_step(self):
-        """A step of --no-bayes against BYOL written out: summed losses, SGD, then the average of weights."""
-        run(byov.main, *SMALL, "--no-bayes", "--steps", 1, "--out_dir", self.out)
-        args = byov.parse([*SMALL, "--no-bayes"])
+        """A step of BYOL against it written out: summed losses, SGD, then the average of weights."""
+        run(byov.main, *SMALL, "--compare", "BYOL", "--steps", 1, "--out_dir", self.out)
+        args = byov.parse(SMALL)
+        args.bayes = False
         torch.manual_seed(args.seed)
         online, target = byov.make_networks(args, torch.device("cpu"))
         torch.manual_seed(1_000_003 * args.seed)
@@ -673,7 +674,7 @@ class BYOV(unittest.TestCase):
         p, t = online.predictor(online.projector(h)), target.projector(target.encoder(views))
         loss = (4 - 2 * F.cosine_similarity(p[:16], t[16:]) - 2 * F.cosine_similarity(p[16:], t[:16])).mean()
         (loss + F.cross_entropy(online.probe(h.detach()), self.labels[batch].repeat(2))).backward()
-        saved = torch.load(self.out / "checkpoint.pt", weights_only=True)
+        saved = torch.load(self.out / "BYOL_seed_1337" / "checkpoint.pt", weights_only=True)
         for (name, w), average in zip(online.named_parameters(), target.parameters()):
             self.assertIsNone(average.grad)
             decay, speed = args.weight_decay * (w.dim() > 1), 10 if "predictor" in name else 1
@@ -715,16 +716,18 @@ class BYOV(unittest.TestCase):
         whole, _ = run(byov.main, *flags, "--out_dir", self.out / "whole")
         for key in set(whole) - {"seconds", "images_per_s"}:
             self.assertEqual(resumed[key], whole[key], key)
+        (self.out / "BYOV_seed_1337" / "run.pt").unlink()
         self.assertIn("width 4 there, 8 here", run(byov.main, *flags, "--resume", "--width", 8)[1])
         compare = [*flags, "--compare", "--seeds", 2, "--steps", 2]
         result, printed = run(byov.main, *compare)
-        self.assertEqual([row["name"] for row in result["rows"]][3:], ["BYOV - BYOL", "BYOV - BYOL+noise"])
+        self.assertEqual([row["name"] for row in result["rows"]],
+                         [*byov.ARMS, "BYOV - BYOL", "BYOV - BYOL+noise", "ensemble of 2 BYOL"])
         self.assertIn(byov.table(result["rows"]), printed)
         with mock.patch.object(byov, "train"):  # nothing is trained twice
             self.assertEqual(run(byov.main, *compare, "--resume")[0], result)
         with mock.patch.object(byov, "loss_terms", lambda net, *_: (net.probe.bias.sum(),) * 2 + (0.0, grey)):
             self.assertRegex(run(byov.main, *flags)[1], "ERROR: .*collapsed")
-        for bad, words in (("--steps 0", "--steps 0; allowed: 1"), ("--tau 2", "up to 1"), ("--data x", "--data.*'x'")):
+        for bad, words in (("--steps 0", "--steps 0; allowed: 1"), ("--tau 2", "allowed: 0 to 1"), ("--data x", "--data.*'x'")):
             self.assertRegex(run(byov.main, *flags, *bad.split())[1], f"ERROR: .*{words}")
         (self.out / "cifar10").mkdir()
         for name in data.cifar10.MD5:
