@@ -294,7 +294,8 @@ def save_checkpoint(path, state):
 
 def train(args, data, device, autocast, out_dir):
     """Train on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, metrics)."""
-    first, metrics, path, (images, labels) = 0, dict(seconds=0.0), out_dir / "checkpoint.pt", data["train"]
+    first, metrics, path = 0, dict(seconds=0.0, images_per_s=0.0), out_dir / "checkpoint.pt"
+    images, labels = data["train"]
     torch.manual_seed(args.seed)
     online, target = make_networks(args, device)
     views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
@@ -347,6 +348,7 @@ def train(args, data, device, autocast, out_dir):
         due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
         if due or (step + 1) % 10 == 0:
             spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
+            tick = tick or (time.time(), step + 1)  # .item() has waited for the device
             bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
             if not math.isfinite(loss.item()):
                 fail(f"loss {loss.item()} at step {step}, learning rate {group['lr']:.2e}", 1)
@@ -354,8 +356,7 @@ def train(args, data, device, autocast, out_dir):
                 fail(f"step {step + 1}: the embedding has collapsed: {spread:.3f} of the std of a healthy one\n"
                      "HINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
         if due:
-            if tick:  # since the evaluation before; .item() has waited for the device
-                metrics["images_per_s"] = args.batch * (step + 1 - tick[1]) / (time.time() - tick[0])
+            metrics["images_per_s"] = args.batch * (step + 1 - tick[1]) / max(1e-9, time.time() - tick[0])
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
             covariance = queries.float().T.cov()
             ratios = relative_sigmas(online)
@@ -365,10 +366,9 @@ def train(args, data, device, autocast, out_dir):
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            metrics["seconds"] = time.time() - began
+            metrics["seconds"], tick = time.time() - began, None
             save_checkpoint(path, dict({name: part.state_dict() for name, part in parts.items()}, args=vars(args),
                                        step=step + 1, metrics=metrics))
-            tick = time.time(), step + 1
             if stop:
                 fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
     signal.signal(signal.SIGINT, previous)
