@@ -11,7 +11,7 @@ p1 and p2 come from drawn online weights, t1 and t2 from the target, an average 
 lambda = weight_decay * prior_std^2 makes its gradient on mu plain weight decay, which the optimiser does, as for BYOL.
 
     python byov.py                trains BYOV, then measures a linear probe, on clean and corrupted images
-    python byov.py --compare      BYOL, BYOV, BYOL with untrained noise of equal size, and supervised with and without BBB
+    python byov.py --compare      BYOL, BYOV, BYOL with untrained noise of equal size on its weights, and supervision
 
 On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abstract was known: the rest is our choice,
 such as to pass both views as one batch, which share batch norm's statistics and the draw of convolutions.
@@ -37,10 +37,11 @@ from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, corrupt
 
 DEFAULTS = {
-    "glyphs": dict(encoder="conv", width=16, batch=128, steps=300, lr=0.1, weight_decay=5e-4, prior_std=0.05,
+    "glyphs": dict(encoder="conv", width=16, batch=128, steps=300, lr=0.1, weight_decay=5e-4, tau=0.97, prior_std=0.05,
                    samples=16, probe_labels=[300], views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
-    "cifar10": dict(encoder="resnet18", width=64, batch=128, steps=8000, lr=0.1, weight_decay=5e-4, prior_std=0.01,
-                    samples=16, probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
+    "cifar10": dict(encoder="resnet18", width=64, batch=256, steps=12_500, lr=0.2, weight_decay=5e-4, tau=0.95,
+                    prior_std=0.002, samples=8, probe_labels=[0, 400],
+                    views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
 ARMS = {name: dict(bayes=name not in ("BYOL", "supervised"), supervised="supervised" in name)
         for name in ("BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB")}
@@ -378,11 +379,12 @@ def train(args, data, device, autocast, out_dir):
 # -------- The paper's claims
 
 def compare(args, data, device, autocast, out_dir):
-    """Trains and measures each arm with each seed, on equal data and budget. Returns rows, each arm's and BYOV's paired
-    differences, mean and std of the metrics, and runs, what the seeds of each arm predicted."""
+    """Trains and measures each arm with each seed, for equal steps but if supervised. Returns rows, mean and std of the
+    metrics of each arm and of BYOV's paired differences, and runs, what the seeds of each arm predicted."""
     runs, labels = {name: [] for name in args.compare}, data["test"][1]
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.compare):
         arm = argparse.Namespace(**vars(args) | ARMS[name] | dict(seed=seed))
+        arm.steps = max(1, args.steps // 8) if arm.supervised else args.steps  # labels teach faster
         folder, byol = out_dir / f"{name}_seed_{seed}".replace(" ", "_"), out_dir / f"BYOL_seed_{seed}/checkpoint.pt"
         path, recipe = folder / "run.pt", {key: vars(arm)[key] for key in RECIPE}
         run = torch.load(path, map_location=device, weights_only=True) if args.resume and path.exists() else {}
@@ -476,7 +478,7 @@ def parse(argv):
     optimisation("--batch", type=int, help="images a step")
     optimisation("--lr", type=float, help="peak learning rate of SGD")
     optimisation("--weight_decay", type=float, help="of matrices; lambda is this * prior_std^2")
-    optimisation("--tau", type=float, default=0.97, help="first share that the target keeps a step; ends at 1")
+    optimisation("--tau", type=float, help="first share that the target keeps a step; ends at 1")
     evaluation = parser.add_argument_group("evaluation").add_argument
     evaluation("--samples", type=int, help="draws of the weights, averaged")
     evaluation("--probe_labels", type=int, nargs="+", help="labels that a probe sees, 0 for all; a probe for each")
