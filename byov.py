@@ -37,16 +37,14 @@ from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, corrupt
 
 DEFAULTS = {
-    "glyphs": dict(encoder="conv", width=16, batch=128, steps=300, lr=0.1, weight_decay=5e-4, tau=0.97, prior_std=0.05,
-                   samples=16, probe_labels=[300], views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
-    "cifar10": dict(encoder="resnet18", width=64, batch=256, steps=12_500, lr=0.2, weight_decay=5e-4, tau=0.95,
-                    prior_std=0.002, samples=8, probe_labels=[0, 400],
-                    views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
+    "glyphs": dict(encoder="conv", width=16, batch=128, steps=300, lr=0.1, tau=0.97, prior_std=0.05, samples=16,
+                   probe_labels=[300], views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
+    "cifar10": dict(encoder="resnet18", width=64, batch=256, steps=12_500, lr=0.2, tau=0.95, prior_std=0.002, samples=8,
+                    probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
 ARMS = {name: dict(bayes=name not in ("BYOL", "supervised"), supervised="supervised" in name)
         for name in ("BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB")}
 TRAINING = "data bayes supervised encoder width steps batch lr weight_decay tau prior_std".split()
-RECIPE = [*TRAINING, "samples", "probe_labels", "corruptions"]
 COLUMNS = {"knn_acc": "kNN %", "linear_acc": "linear %", "nll": "NLL", "brier": "Brier %", "ece": "ECE %",
            "ece_scaled": "scaled ECE %", "salt_and_pepper_linear_acc": "salt & pepper: linear %",
            "salt_and_pepper_brier": "Brier %", "salt_and_pepper_ece": "ECE %",
@@ -230,8 +228,7 @@ def knn_accuracy(bank, bank_labels, queries, labels):
 
 @torch.enable_grad()
 def fit_probe(draws, labels):
-    """The linear layer, as a function of features, with the least mean cross-entropy + 5e-5 |W|^2 over draws (S, N, D),
-    standardised features of the same N images under S draws of the weights."""
+    """Features -> logits, by the linear layer of least cross-entropy + 5e-5 |W|^2 on (S, N, D) draws, standardised."""
     mean, std = draws.float().mean((0, 1)), draws.float().std((0, 1)) + 1e-6
     x, y = ((draws.float() - mean) / std).flatten(0, 1), labels.repeat(len(draws))
     probe = nn.Linear(x.shape[1], 10, device=x.device)
@@ -250,10 +247,9 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """(kNN accuracy, predictions {(condition, variant): probs (N, K)}) on test.
-
-    A condition is [COUNT_labels_][CORRUPTION_SEVERITY_], a variant "", _scaled by the temperature for val, _S_draws or
-    _mean_weights. Predictions are those of the classifier that was supervised, or of probes fitted to train."""
+    """(kNN accuracy, predictions on test {(condition, variant): probs (N, K)}, of probes fitted to train or of what was
+    supervised). A condition is [COUNT_labels_][CORRUPTION_SEVERITY_], a variant "", _scaled by the temperature for val,
+    _S_draws or _mean_weights."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if args.bayes else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
@@ -267,8 +263,7 @@ def evaluate(net, data, args, autocast):
         for prefix, head in heads.items():
             draws, val = (torch.stack([head(one).softmax(-1) for one in some]) for some in (h, val_h))  # (S, N, K)
             condition, mean = f"{prefix}{name}_{i}_" if i else prefix, draws.mean(0)
-            predictions[condition, ""] = mean
-            predictions[condition, "_scaled"] = temperature_scale(mean, val.mean(0), val_y)
+            predictions |= {(condition, ""): mean, (condition, "_scaled"): temperature_scale(mean, val.mean(0), val_y)}
             if i == 0:
                 predictions |= {(condition, f"_{s}_draws"): draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
                 predictions[condition, "_mean_weights"] = head(queries).softmax(-1)
@@ -295,8 +290,7 @@ def save_checkpoint(path, state):
 
 def train(args, data, device, autocast, out_dir):
     """Train on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, metrics)."""
-    first, metrics, path = 0, dict(seconds=0.0, images_per_s=0.0), out_dir / "checkpoint.pt"
-    images, labels = data["train"]
+    first, metrics, path, (images, labels) = 0, dict(seconds=0.0), out_dir / "checkpoint.pt", data["train"]
     torch.manual_seed(args.seed)
     online, target = make_networks(args, device)
     views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
@@ -321,12 +315,11 @@ def train(args, data, device, autocast, out_dir):
         first, metrics = saved["step"], saved["metrics"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-    out_dir.mkdir(parents=True, exist_ok=True)
     log = open(out_dir / "log.jsonl", "a" if first else "w", buffering=1)
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    began, tick = time.time() - metrics["seconds"], None
+    began = time.time() - metrics["seconds"]
     bar = tqdm(range(first, args.steps), out_dir.name, args.steps, initial=first, mininterval=1)
     for step in bar:
         warmup = args.steps // 10  # then a cosine to zero
@@ -349,25 +342,23 @@ def train(args, data, device, autocast, out_dir):
         due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
         if due or (step + 1) % 10 == 0:
             spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
-            tick = tick or (time.time(), step + 1)  # .item() has waited for the device
             bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
             if not math.isfinite(loss.item()):
                 fail(f"loss {loss.item()} at step {step}, learning rate {group['lr']:.2e}", 1)
             if spread < 0.1:
-                fail(f"step {step + 1}: the embedding has collapsed: {spread:.3f} of the std of a healthy one\n"
+                fail(f"step {step + 1}: collapsed, the embedding's std is {spread:.3f} of a healthy one's\n"
                      "HINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
         if due:
-            metrics["images_per_s"] = args.batch * (step + 1 - tick[1]) / max(1e-9, time.time() - tick[0])
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
             covariance = queries.float().T.cov()
             ratios = relative_sigmas(online)
-            record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(),
+            metrics["seconds"] = time.time() - began
+            record = dict(metrics, step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(),
                           spread=spread, sigma_over_mu=sum(ratios) / max(1, len(ratios)),
                           effective_rank=(covariance.trace() ** 2 / covariance.square().sum()).item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            metrics["seconds"], tick = time.time() - began, None
             save_checkpoint(path, dict({name: part.state_dict() for name, part in parts.items()}, args=vars(args),
                                        step=step + 1, metrics=metrics))
             if stop:
@@ -386,7 +377,9 @@ def compare(args, data, device, autocast, out_dir):
         arm = argparse.Namespace(**vars(args) | ARMS[name] | dict(seed=seed))
         arm.steps = max(1, args.steps // 8) if arm.supervised else args.steps  # labels teach faster
         folder, byol = out_dir / f"{name}_seed_{seed}".replace(" ", "_"), out_dir / f"BYOL_seed_{seed}/checkpoint.pt"
-        path, recipe = folder / "run.pt", {key: vars(arm)[key] for key in RECIPE}
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = {key: vars(arm)[key] for key in [*TRAINING, "samples", "probe_labels", "corruptions"]}
+        path = folder / "run.pt"
         run = torch.load(path, map_location=device, weights_only=True) if args.resume and path.exists() else {}
         if run.get("recipe") != recipe:
             if name == "BYOL+noise":  # of the size, relative to the weights of a layer, that BYOV learned there
@@ -399,7 +392,6 @@ def compare(args, data, device, autocast, out_dir):
             knn, predictions = evaluate(net, data, arm, autocast)
             run = dict(recipe=recipe, predictions=predictions, sigmas=relative_sigmas(net),
                        metrics=dict(metrics, knn_acc=knn, **measure_all(predictions, labels)))
-            folder.mkdir(exist_ok=True)
             save_checkpoint(path, run)
         runs[name].append(run)
     found = {name: [run["metrics"] for run in some] for name, some in runs.items()}
@@ -467,33 +459,30 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="BYOL + Bayes by Backprop (arXiv 2312.03213).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    data = parser.add_argument_group("data").add_argument
+    groups = map(parser.add_argument_group, ("data", "model", "optimisation", "evaluation", "run"))
+    data, model, optimisation, evaluation, run = (group.add_argument for group in groups)
     data("--data", choices=tuple(DEFAULTS), default="glyphs" if there[0] == "cpu" else "cifar10", help="images")
-    model = parser.add_argument_group("model").add_argument
     model("--encoder", choices=("resnet18", "conv"), help="for 3 x 32 x 32")
     model("--width", type=int, help="channels of the first layer; an encoder gives 8 times as many")
     model("--prior_std", type=float, help="of the prior, and the most that sigma grows to")
-    optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--steps", type=int, help="optimiser steps of a run")
     optimisation("--batch", type=int, help="images a step")
     optimisation("--lr", type=float, help="peak learning rate of SGD")
-    optimisation("--weight_decay", type=float, help="of matrices; lambda is this * prior_std^2")
+    optimisation("--weight_decay", type=float, default=5e-4, help="of matrices; lambda is this * prior_std^2")
     optimisation("--tau", type=float, help="first share that the target keeps a step; ends at 1")
-    evaluation = parser.add_argument_group("evaluation").add_argument
     evaluation("--samples", type=int, help="draws of the weights, averaged")
     evaluation("--probe_labels", type=int, nargs="+", help="labels that a probe sees, 0 for all; a probe for each")
-    evaluation("--corruptions", nargs="+", choices=tuple(CORRUPTIONS), default=["salt_and_pepper"],
-               help="of the test images, at five severities")
-    run = parser.add_argument_group("run").add_argument
+    evaluation("--corruptions", nargs="+", choices=CORRUPTIONS, default=["salt_and_pepper"], help="of the test images")
     run("--compare", nargs="*", choices=ARMS, metavar="ARM", help=f"some of {', '.join(ARMS)}; none is all")
-    run("--seeds", type=int, default=1, help="runs an arm, up to 10")
+    run("--seeds", type=int, default=1, help="runs of each arm, up to 10")
     run("--seed", type=int, default=1337, help="of weights, batches, views and draws")
-    run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity")
+    run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity, and reliability")
     run("--out_dir", default="out/byov", help="for metrics.json, and a folder for each arm and seed")
     run("--resume", action="store_true", help="go on from the checkpoints in out_dir, bit for bit")
     run("--eval_interval", type=int, default=500, help="steps between evaluations, each with a checkpoint")
     run("--device", choices=there, default=there[0], help="of what this machine has")
-    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data], **ARMS["BYOV"])
+    parser.set_defaults(**DEFAULTS[parser.get_default("data")], **ARMS["BYOV"])
+    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data])
     args = parser.parse_args(argv)
     args.compare = [*ARMS] if args.compare == [] else args.compare or ["BYOV"]
     allowed = dict(width=(1, 1e4), prior_std=(1e-6, 1e3), steps=(1, 1e9), batch=(2, 1e6), lr=(1e-9, 1e3), tau=(0, 1),
@@ -502,8 +491,7 @@ def parse(argv):
             *((not low <= getattr(args, name) <= high, f"--{name} {getattr(args, name)}; allowed: {low} to {high:g}")
               for name, (low, high) in allowed.items()),
             (min(args.probe_labels) < 0, f"--probe_labels {args.probe_labels}; allowed: 0 or more"),
-            ("BYOL+noise" in args.compare and args.compare[:2] != ["BYOL", "BYOV"],
-             "--compare BYOL+noise; allowed: after BYOL BYOV"),
+            ("BYOL+noise" in args.compare and args.compare[:2] != ["BYOL", "BYOV"], "BYOL+noise: only after BYOL BYOV"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
