@@ -38,9 +38,9 @@ from data.corruptions import CORRUPTIONS, corrupt
 
 DEFAULTS = {
     "glyphs": dict(encoder="conv", width=16, batch=128, steps=300, lr=0.1, tau=0.97, prior_std=0.05, samples=16,
-                   probe_labels=[300], views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
+                   probe_labels=[300], supervised_part=1, views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
     "cifar10": dict(encoder="resnet18", width=64, batch=256, steps=12_500, lr=0.2, tau=0.95, prior_std=0.002, samples=8,
-                    probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
+                    probe_labels=[0, 400], supervised_part=8, views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
 ARMS = {name: dict(bayes=name not in ("BYOL", "supervised"), supervised="supervised" in name)
         for name in ("BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB")}
@@ -375,7 +375,7 @@ def compare(args, data, device, autocast, out_dir):
     runs, labels = {name: [] for name in args.compare}, data["test"][1]
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.compare):
         arm = argparse.Namespace(**vars(args) | ARMS[name] | dict(seed=seed))
-        arm.steps = max(1, args.steps // 8) if arm.supervised else args.steps  # labels teach faster
+        arm.steps = max(1, args.steps // args.supervised_part) if arm.supervised else args.steps
         folder, byol = out_dir / f"{name}_seed_{seed}".replace(" ", "_"), out_dir / f"BYOL_seed_{seed}/checkpoint.pt"
         folder.mkdir(parents=True, exist_ok=True)
         recipe = {key: vars(arm)[key] for key in [*TRAINING, "samples", "probe_labels", "corruptions"]}
@@ -429,7 +429,7 @@ def table(rows):
 def plot(path, rows, runs, labels, corruption):
     """ECE and Brier score against severity, mean ± std over seeds; reliability."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 2).flatten()
     for axis, metric in zip(axes, ("ece", "brier")):
         keys = [metric, *(f"{corruption}_{i}_{metric}" for i in range(1, 6))]
@@ -437,7 +437,7 @@ def plot(path, rows, runs, labels, corruption):
             axis.errorbar(range(6), [100 * row[key] for key in keys], [100 * row.get(f"{key}_std", 0) for key in keys],
                           capsize=2, label=row["name"])
         axis.set(xlabel=f"severity of {corruption}", ylabel=f"{metric}, %")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     for axis, condition in zip(axes[2:], ("", f"{corruption}_3_")):
         for name, some in runs.items():
             probs = torch.cat([run["predictions"][condition, ""] for run in some])
