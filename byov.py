@@ -436,14 +436,14 @@ def plot(path, rows, runs, labels, corruption):
         for row in [row for row in rows if " - " not in row["name"]]:
             axis.errorbar(range(6), [100 * row[key] for key in keys], [100 * row.get(f"{key}_std", 0) for key in keys],
                           capsize=2, label=row["name"])
-        axis.set(xlabel=f"severity of {corruption}", ylabel=f"{metric}, %")
+        axis.set(xlabel=f"severity of {corruption}", ylabel={"ece": "ECE, %", "brier": "Brier score, %"}[metric])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     for axis, condition in zip(axes[2:], ("", f"{corruption}_3_")):
         for name, some in runs.items():
             probs = torch.cat([run["predictions"][condition, ""] for run in some])
             share, confidence, accuracy = calibration(probs, labels.repeat(len(some))).cpu()
-            axis.plot(confidence[share > 0], (accuracy - confidence)[share > 0], ".-")
-        axis.set(xlabel=f"confidence, {condition or 'clean'}", ylabel="accuracy - confidence")
+            axis.plot(confidence[share > 1e-3], (accuracy - confidence)[share > 1e-3], ".-")
+        axis.set(xlabel=f"confidence, {condition.strip('_') or 'clean'}", ylabel="accuracy - confidence")
     figure.savefig(path, dpi=150)
 
 
