@@ -37,10 +37,10 @@ from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, corrupt
 
 DEFAULTS = {
-    "glyphs": dict(encoder="conv", width=16, batch=128, steps=300, lr=0.1, tau=0.97, prior_std=0.05, samples=16,
-                   probe_labels=[300], supervised_part=1, views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
-    "cifar10": dict(encoder="resnet18", width=64, batch=256, steps=12_500, lr=0.2, tau=0.95, prior_std=0.002, samples=8,
-                    probe_labels=[0, 400], supervised_part=8, views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
+    "glyphs": dict(encoder="conv", width=16, steps=300, prior_std=0.05, probe_labels=[300],
+                   views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
+    "cifar10": dict(encoder="resnet18", width=64, steps=25_000, prior_std=0.002, probe_labels=[0, 400],
+                    views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
 ARMS = {name: dict(bayes=name not in ("BYOL", "supervised"), supervised="supervised" in name)
         for name in ("BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB")}
@@ -370,12 +370,11 @@ def train(args, data, device, autocast, out_dir):
 # -------- The paper's claims
 
 def compare(args, data, device, autocast, out_dir):
-    """Trains and measures each arm with each seed, for equal steps but if supervised. Returns rows, mean and std of the
-    metrics of each arm and of BYOV's paired differences, and runs, what the seeds of each arm predicted."""
+    """Trains and measures each arm with each seed, for equal steps. Returns rows, mean and std of the metrics of each
+    arm and of BYOV's paired differences, and runs, what the seeds of each arm predicted."""
     runs, labels = {name: [] for name in args.compare}, data["test"][1]
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.compare):
         arm = argparse.Namespace(**vars(args) | ARMS[name] | dict(seed=seed))
-        arm.steps = max(1, args.steps // args.supervised_part) if arm.supervised else args.steps
         folder, byol = out_dir / f"{name}_seed_{seed}".replace(" ", "_"), out_dir / f"BYOL_seed_{seed}/checkpoint.pt"
         folder.mkdir(parents=True, exist_ok=True)
         recipe = {key: vars(arm)[key] for key in [*TRAINING, "samples", "probe_labels", "corruptions"]}
@@ -466,11 +465,11 @@ def parse(argv):
     model("--width", type=int, help="channels of the first layer; an encoder gives 8 times as many")
     model("--prior_std", type=float, help="of the prior, and the most that sigma grows to")
     optimisation("--steps", type=int, help="optimiser steps of a run")
-    optimisation("--batch", type=int, help="images a step")
-    optimisation("--lr", type=float, help="peak learning rate of SGD")
+    optimisation("--batch", type=int, default=128, help="images a step")
+    optimisation("--lr", type=float, default=0.1, help="peak learning rate of SGD")
     optimisation("--weight_decay", type=float, default=5e-4, help="of matrices; lambda is this * prior_std^2")
-    optimisation("--tau", type=float, help="first share that the target keeps a step; ends at 1")
-    evaluation("--samples", type=int, help="draws of the weights, averaged")
+    optimisation("--tau", type=float, default=0.97, help="first share that the target keeps a step; ends at 1")
+    evaluation("--samples", type=int, default=16, help="draws of the weights, averaged")
     evaluation("--probe_labels", type=int, nargs="+", help="labels that a probe sees, 0 for all; a probe for each")
     evaluation("--corruptions", nargs="+", choices=CORRUPTIONS, default=["salt_and_pepper"], help="of the test images")
     run("--compare", nargs="*", choices=ARMS, metavar="ARM", help=f"some of {', '.join(ARMS)}; none is all")
