@@ -15,10 +15,10 @@ Two kernels do everything on any GPU; a third, for Hopper, is a faster forward p
 `python flashsigmoid.py` compares with float64 and, on CUDA, with the time of PyTorch's attention.
 """
 import argparse
+import functools
 import importlib.util
 import json
 import math
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -334,20 +334,31 @@ TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline
 }
 
 
+device_properties = functools.cache(torch.cuda.get_device_properties)
+
+
+def power_of_two(D):
+    return 1 << (D - 1).bit_length()
+
+
+def divide_up(T, rows):
+    return (T + rows - 1) // rows
+
+
 def tile_shape(name, x):
     """(queries, keys, launch options) of the pass for tensors like x."""
-    BM, BN, warps, stages = TILES[name][max(64, triton.next_power_of_2(x.shape[3]))]
+    BM, BN, warps, stages = TILES[name][max(64, power_of_two(x.shape[3]))]
     if x.dtype == torch.float32:  # no tensor cores: large tiles only spill
         BM, BN, warps, stages = 32, 16, 4, 1
-    if x.is_cuda and torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < 160 * 1024:
+    if x.is_cuda and device_properties(x.device).shared_memory_per_block_optin < 160 * 1024:
         stages = 1  # consumer GPUs: no room for more
     return BM, BN, dict(num_warps=warps, num_stages=stages)
 
 
 def on_hopper(x):
     """Whether the Hopper kernel takes tensors like x."""
-    return (bool(LAYOUTS) and x.is_cuda and x.dtype != torch.float32 and triton.next_power_of_2(x.shape[3]) == 128
-            and torch.cuda.get_device_properties(x.device).major == 9)
+    return (bool(LAYOUTS) and x.is_cuda and x.dtype != torch.float32 and power_of_two(x.shape[3]) == 128
+            and device_properties(x.device).major == 9)
 
 
 def tiled(x, rows, hopper=False):
@@ -356,7 +367,7 @@ def tiled(x, rows, hopper=False):
     strides = [stride if size > 1 else 16 for size, stride in zip(x.shape, x.stride())]  # any will do for one row
     if x.data_ptr() % 16 or strides[3] != 1 or any(s * x.element_size() % 16 for s in strides[:3]):
         return tiled(x.clone(memory_format=torch.contiguous_format), rows, hopper)
-    shape, block = list(x.shape), [1, 1, rows, triton.next_power_of_2(x.shape[3])]
+    shape, block = list(x.shape), [1, 1, rows, power_of_two(x.shape[3])]
     if hopper:
         return HopperDescriptor(x, shape, strides, block, LAYOUTS[rows])
     return TensorDescriptor(x, shape, strides, block)
@@ -375,10 +386,10 @@ def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     with torch.cuda.device_of(q):
         if on_hopper(q):
             inputs = (tiled(x, rows, hopper=True) for x, rows in ((q, 64), (k, 128), (v, 128), (o, 64)))
-            hopper_kernel[(B * H * triton.cdiv(Tq, 128),)](*inputs, *rest, num_warps=4)
+            hopper_kernel[(B * H * divide_up(Tq, 128),)](*inputs, *rest, num_warps=4)
             return o
         BM, BN, options = tile_shape("forward", q)
-        query_kernel[(B * H * triton.cdiv(Tq, BM),)](
+        query_kernel[(B * H * divide_up(Tq, BM),)](
             tiled(q, BM), tiled(k, BN), tiled(v, BN), None, tiled(o, BM), None, *rest, **options)
     return o
 
@@ -391,11 +402,11 @@ def launch_backward(do, q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
     with torch.cuda.device_of(q):
         BM, BN, options = tile_shape("dkdv", q)
-        key_kernel[(B * Hk * triton.cdiv(Tk, BN),)](
+        key_kernel[(B * Hk * divide_up(Tk, BN),)](
             tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dk, BN), tiled(dv, BN), *rest, **options)
         BM, BN, options = tile_shape("dq", q)
-        db = None if bias is None else q.new_empty(B, H, triton.cdiv(Tq, BM), dtype=torch.float32)  # one a program
-        query_kernel[(B * H * triton.cdiv(Tq, BM),)](
+        db = None if bias is None else q.new_empty(B, H, divide_up(Tq, BM), dtype=torch.float32)  # one a program
+        query_kernel[(B * H * divide_up(Tq, BM),)](
             tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dq, BM), db, *rest, **options)
     return [dq, dk, dv] if bias is None else [dq, dk, dv, db.sum((0, 2))]
 
@@ -423,11 +434,11 @@ torch.library.register_fake("flashsigmoid::backward",
 torch.library.register_autograd("flashsigmoid::backward", refuse)
 
 
-def require(ok, name, given, allowed, error=ValueError):
+def require(ok, name, given, allowed, *numbers, error=ValueError):
     if not ok:
         if isinstance(given, Tensor):
             given = f"{given.dtype} {tuple(given.shape)}, strides {given.stride()}, on {given.device}"
-        raise error(f"sigmoid_attention: {name} is {given}; allowed: {allowed}")
+        raise error(f"sigmoid_attention: {name} is {given}; allowed: {allowed.format(*numbers)}")
 
 
 def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slopes=None, k_lens=None):
@@ -447,7 +458,7 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     ValueError or TypeError that name the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16, torch.float32), name, x,
-                "a tensor of float16, bfloat16 or float32 (float64: sigmoid_attention_reference)", TypeError)
+                "a tensor of float16, bfloat16 or float32 (float64: sigmoid_attention_reference)", error=TypeError)
         require(x.dim() == 4 and x.numel() > 0 and x.stride(3) == 1, name, x, "(B, H, T, D), last stride 1, not empty")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -455,13 +466,14 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     require(16 <= D <= 256, "D", D, "16 to 256")
     for name, x in (("k", k), ("v", v)):
         require(x.shape == (B, Hk, Tk, D) and H % Hk == 0 and x.dtype == q.dtype and x.device == q.device, name, x,
-                f"({B}, a divisor of {H}, Tk, {D}) in {q.dtype} on {q.device}, k and v alike")
+                "({}, a divisor of {}, Tk, {}) in {} on {}, k and v alike", B, H, D, q.dtype, q.device)
     scale, bias = D ** -0.5 if scale is None else scale, -math.log(Tk) if bias is None else bias
     learned = bias if isinstance(bias, Tensor) else None
     for name, x, size, kind in (("bias", learned, H, "float"), ("alibi_slopes", alibi_slopes, H, "float"),
                                 ("k_lens", k_lens, B, "int")):
         require(x is None or isinstance(x, Tensor) and x.shape == (size,) and x.device == q.device
-                and x.is_floating_point() == (kind == "float"), name, x, f"a tensor ({size},), {kind}, on {q.device}")
+                and x.is_floating_point() == (kind == "float"),
+                name, x, "a tensor ({},), {}, on {}", size, kind, q.device)
     require(alibi_slopes is None or not alibi_slopes.requires_grad, "alibi_slopes", alibi_slopes, "no requires_grad")
     for name, x in (("scale", scale), ("bias", 0 if learned is not None else bias)):
         require(not isinstance(x, Tensor) and math.isfinite(x), name, x, "a finite number")
@@ -536,7 +548,7 @@ def benchmark():
                 forward[name] = measure(lambda: attention(q, k, v, is_causal=causal), flops)
                 out = attention(q, k, v, is_causal=causal)
                 if out.requires_grad:
-                    grad = partial(torch.autograd.grad, out, (q, k, v), do, retain_graph=True)
+                    grad = functools.partial(torch.autograd.grad, out, (q, k, v), do, retain_graph=True)
                     backward[name] = measure(grad, 2.5 * flops)
         rows += [forward, backward]
     return rows
