@@ -334,15 +334,11 @@ TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline
 }
 
 
-device_properties = functools.cache(torch.cuda.get_device_properties)
+device_properties = functools.cache(torch.cuda.get_device_properties)  # a small call waits for the CPU
 
 
 def power_of_two(D):
     return 1 << (D - 1).bit_length()
-
-
-def divide_up(T, rows):
-    return (T + rows - 1) // rows
 
 
 def tile_shape(name, x):
@@ -386,10 +382,10 @@ def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     with torch.cuda.device_of(q):
         if on_hopper(q):
             inputs = (tiled(x, rows, hopper=True) for x, rows in ((q, 64), (k, 128), (v, 128), (o, 64)))
-            hopper_kernel[(B * H * divide_up(Tq, 128),)](*inputs, *rest, num_warps=4)
+            hopper_kernel[(B * H * math.ceil(Tq / 128),)](*inputs, *rest, num_warps=4)
             return o
         BM, BN, options = tile_shape("forward", q)
-        query_kernel[(B * H * divide_up(Tq, BM),)](
+        query_kernel[(B * H * math.ceil(Tq / BM),)](
             tiled(q, BM), tiled(k, BN), tiled(v, BN), None, tiled(o, BM), None, *rest, **options)
     return o
 
@@ -402,11 +398,11 @@ def launch_backward(do, q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
     with torch.cuda.device_of(q):
         BM, BN, options = tile_shape("dkdv", q)
-        key_kernel[(B * Hk * divide_up(Tk, BN),)](
+        key_kernel[(B * Hk * math.ceil(Tk / BN),)](
             tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dk, BN), tiled(dv, BN), *rest, **options)
         BM, BN, options = tile_shape("dq", q)
-        db = None if bias is None else q.new_empty(B, H, divide_up(Tq, BM), dtype=torch.float32)  # one a program
-        query_kernel[(B * H * divide_up(Tq, BM),)](
+        db = None if bias is None else q.new_empty(B, H, math.ceil(Tq / BM), dtype=torch.float32)  # one a program
+        query_kernel[(B * H * math.ceil(Tq / BM),)](
             tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dq, BM), db, *rest, **options)
     return [dq, dk, dv] if bias is None else [dq, dk, dv, db.sum((0, 2))]
 

@@ -750,8 +750,8 @@ class Repository(unittest.TestCase):
                       "sigmoid_gpt_86m_sigmoid_8k_h100.json")]
 
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 572, "sigmoid_gpt.py": 420, "byov.py": 533, "nmn_iterated.py": 560,
-                   "hier_iwae.py": 420, "test_all.py": 788}
+        budgets = {"flashsigmoid.py": 569, "sigmoid_gpt.py": 420, "byov.py": 533, "nmn_iterated.py": 560,
+                   "hier_iwae.py": 420, "test_all.py": 791}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
             with self.subTest(path.name):
