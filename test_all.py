@@ -506,10 +506,13 @@ class HierIWAE(unittest.TestCase):
             self.assertTrue(score < 2 if exact else score > 3, (arm, score))
 
     def test_runs(self):
-        """Resumed is equal to whole; the hierarchy beats IWAE at once; a decoder learns; what is wrong is refused."""
-        flags = "--target loggamma --steps 40"
+        """Stopped, killed, resumed equals whole; the hierarchy beats IWAE; a decoder learns; wrong flags are named."""
+        flags, clip = "--target loggamma --steps 40", torch.nn.utils.clip_grad_norm_
+        with mock.patch("torch.nn.utils.clip_grad_norm_", lambda *x: signal.raise_signal(signal.SIGINT) or clip(*x)):
+            status, printed = self.train(flags)
+        self.assertTrue(status == 130 and "\nERROR: interrupted" in printed and "Traceback" not in printed, printed)
         with mock.patch.object(hier_iwae, "evaluate", mock.Mock(side_effect=[*[dict(bound=0.0)] * 7, SystemExit(9)])):
-            self.assertEqual(self.train(flags)[0], 9)
+            self.assertEqual(self.train(flags + " --resume")[0], 9)
         resumed, whole = (self.train(*how)[0] for how in ((flags + " --resume",), (flags, "whole")))
         self.assertEqual(resumed["bound"], whole["bound"])
         flags = "--compare gaussian joint:balance --steps 150 --lr 0.01"
@@ -520,9 +523,6 @@ class HierIWAE(unittest.TestCase):
         flags = "--task images --data glyphs --k 2 --batch 8 --steps 60 --lr 0.003 --nll_samples 8 --test_images 100"
         images, _ = self.train(flags, "images")
         self.assertTrue(-260 < images["bound"] <= -images["nll"], images)  # it starts at -550
-        with mock.patch.object(hier_iwae, "evaluate", lambda *x: signal.raise_signal(signal.SIGINT)):
-            status, printed = self.train(flags, "stopped")
-        self.assertTrue(status == 130 and "\nERROR: interrupted" in printed and "Traceback" not in printed, printed)
         for flags, words in (("--grad dreg --weights balance", "--grad dreg; allowed"), ("--k 0", "--k 0; allowed"),
                              ("--compare x", "--compare: inv"), ("--resume --target u1 --steps 40", "there, u1 here")):
             self.assertRegex("{} {}".format(*self.train(flags)), f"(?s)^2 .*ERROR: .*{words}")
@@ -743,7 +743,7 @@ class Repository(unittest.TestCase):
         (flashsigmoid, "flashsigmoid_h100.json"),
         (byov, "byov_compare_h100.json"), (byov, "byov_compare_cpu.json"),
         (hier_iwae, "hier_iwae_compare_loggamma_cpu.json"), (hier_iwae, "hier_iwae_compare_u2_cpu.json"),
-        (hier_iwae, "hier_iwae_compare_mnist_h100.json"),
+        (hier_iwae, "hier_iwae_compare_mnist_h100.json"), (hier_iwae, "hier_iwae_growth_mnist_h100.json"),
         (nmn_iterated, "nmn_iterated_compare_cpu.json"), (nmn_iterated, "nmn_iterated_compare_interrupted_cpu.json"),
         (sigmoid_gpt, "sigmoid_gpt_compare_rope_cpu.json sigmoid_gpt_compare_alibi_cpu.json"),
         (sigmoid_gpt, "sigmoid_gpt_86m_softmax_1k_h100.json sigmoid_gpt_86m_sigmoid_1k_h100.json "
