@@ -773,9 +773,9 @@ class Repository(unittest.TestCase):
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not there")
     def test_picture(self):
         """The code in README.md still draws the first picture."""
-        code = re.search("```python\n(import json.*?)```", self.README, re.S)[1].replace("results/", f"{ROOT}/results/")
+        code = re.search("```python\n(import json\nfrom pathlib.*?)```", self.README, re.S)[1]
         with mock.patch("matplotlib.figure.Figure.savefig") as savefig:
-            exec(code, {})
+            exec(code.replace("results/", f"{ROOT}/results/"), {})
         savefig.assert_called_once()
 
     def test_commands(self):
