@@ -112,16 +112,19 @@ class FlashSigmoid(unittest.TestCase):
     def test_kernels_against_float64(self):
         lengths, dims = [1, 7, 33, 64, 130] + [1000, 2049] * CUDA, [16, 17, 20, 40, 64] + [128, 256] * CUDA
         options = dict(dtype=[*TOLERANCE], Tq=lengths, Tk=lengths, D=dims, heads=[(2, 2), (4, 2), (3, 1)],
-                       layout=[*LAYOUTS], bias=[0, 1], causal=[0, 1], alibi=[0, 1], k_lens=[None, (0, 1), (0.1, 0.6)])
-        draw = random.Random(1)  # of which 80 cases hold every pair of values of two options (on the CPU)
+                       layout=[*LAYOUTS], bias=[0, 1], causal=[0, 1], alibi=[0, 1], k_lens=[None, (0, 1), (0.1, 0.6)],
+                       tier=[flashsigmoid.LAYOUTS, {}])  # without layouts the portable kernels serve Hopper, too
+        draw = random.Random(9)  # of which 80 cases hold every pair of values of two options (on the CPU)
         for case in ({name: draw.choice(values) for name, values in options.items()} for _ in range(80)):
-            dtype, Tq, Tk, D, (H, Hk), layout, bias, causal, alibi, k_lens = case.values()
+            dtype, Tq, Tk, D, (H, Hk), layout, bias, causal, alibi, k_lens, tier = case.values()
             q, k, v, do = (LAYOUTS[layout](normal(2, heads, T, D, dtype=dtype))
                            for heads, T in ((H, Tq), (Hk, Tk), (Hk, Tk), (H, Tq)))
+            if bias:  # db is a sum over all pairs, which would cancel
+                v, do = v.add_(1), do.add_(1)
             bias = torch.linspace(-9, 6, H, device=DEVICE) if bias else None
             slopes = torch.linspace(0.3, 1, H, device=DEVICE) / max(Tq, Tk) if alibi else None  # no underflow in fp16
             k_lens = k_lens and torch.tensor([int(part * Tk) for part in k_lens], device=DEVICE)
-            with self.subTest(**case):
+            with self.subTest(**case), mock.patch.object(flashsigmoid, "LAYOUTS", tier):
                 errors = row_errors(q, k, v, 16 * do, bias, is_causal=causal, alibi_slopes=slopes, k_lens=k_lens)
                 self.assertTrue(all(error < TOLERANCE[dtype] for error in errors.values()), errors)
 
@@ -275,10 +278,10 @@ class SigmoidGPT(unittest.TestCase):
 
     def test_learns(self):
         result, printed = self.train("--steps", 240, "--eval_interval", 80)
-        self.assertLess(result["val_loss"], 2.9)  # at random 5.5, the frequencies of the bytes alone 3.4
+        for key in ("val_loss", "repeat_loss", "repeat_loss_beyond"):
+            self.assertLess(result[key], 2.9, key)  # at random 5.5, the frequencies of the bytes alone 3.4
         self.assertIn("val_loss", printed)
-        losses, norms = sigmoid_gpt.history(self.out)
-        self.assertEqual((list(losses), list(norms)[:3]), ([80, 160, 240], [0, 10, 20]))
+        self.assertEqual([[*x][:3] for x in sigmoid_gpt.history(self.out)], [[80, 160, 240], [0, 10, 20]])
         _, text = run(sigmoid_gpt.main, "--sample", "--prompt", "def ", "--out_dir", self.out, "--device", "cpu")
         self.assertTrue(text.startswith("def ") and len(text) > 400)
 
@@ -340,10 +343,10 @@ class SigmoidGPT(unittest.TestCase):
     def test_compare(self):
         plot = ["--plot", self.out / "x.png"] if importlib.util.find_spec("matplotlib") else []
         flags = ["--compare", "--steps", 5, "--pos", "none", *plot]
-        self.train(*flags)
-        with mock.patch.object(sigmoid_gpt, "save_checkpoint", wraps=sigmoid_gpt.save_checkpoint) as save:
+        with mock.patch.object(sigmoid_gpt, "save_checkpoint") as save:  # what has ended is read without a checkpoint
+            self.train(*flags)
             result, printed = self.train(*flags, "--seeds", 2, "--resume")
-        self.assertEqual(save.call_count, 3)  # three of the six runs were there
+        self.assertEqual(save.call_count, 6)  # three of the second command's six runs were there
         softmax, sigmoid, without = result["rows"]
         self.assertEqual((softmax["name"], softmax["seeds"]), ("softmax", 2))
         self.assertGreater(softmax["val_loss_std"], 0)
@@ -503,10 +506,13 @@ class HierIWAE(unittest.TestCase):
             self.assertTrue(score < 2 if exact else score > 3, (arm, score))
 
     def test_runs(self):
-        """Resumed is equal to whole; the hierarchy beats IWAE at once; a decoder learns; what is wrong is refused."""
-        flags = "--target loggamma --steps 40"
+        """Stopped, killed, resumed equals whole; the hierarchy beats IWAE; a decoder learns; wrong flags are named."""
+        flags, clip = "--target loggamma --steps 40", torch.nn.utils.clip_grad_norm_
+        with mock.patch("torch.nn.utils.clip_grad_norm_", lambda *x: signal.raise_signal(signal.SIGINT) or clip(*x)):
+            status, printed = self.train(flags)
+        self.assertTrue(status == 130 and "\nERROR: interrupted" in printed and "Traceback" not in printed, printed)
         with mock.patch.object(hier_iwae, "evaluate", mock.Mock(side_effect=[*[dict(bound=0.0)] * 7, SystemExit(9)])):
-            self.assertEqual(self.train(flags)[0], 9)
+            self.assertEqual(self.train(flags + " --resume")[0], 9)
         resumed, whole = (self.train(*how)[0] for how in ((flags + " --resume",), (flags, "whole")))
         self.assertEqual(resumed["bound"], whole["bound"])
         flags = "--compare gaussian joint:balance --steps 150 --lr 0.01"
@@ -517,9 +523,6 @@ class HierIWAE(unittest.TestCase):
         flags = "--task images --data glyphs --k 2 --batch 8 --steps 60 --lr 0.003 --nll_samples 8 --test_images 100"
         images, _ = self.train(flags, "images")
         self.assertTrue(-260 < images["bound"] <= -images["nll"], images)  # it starts at -550
-        with mock.patch.object(hier_iwae, "evaluate", lambda *x: signal.raise_signal(signal.SIGINT)):
-            status, printed = self.train(flags, "stopped")
-        self.assertTrue(status == 130 and "\nERROR: interrupted" in printed and "Traceback" not in printed, printed)
         for flags, words in (("--grad dreg --weights balance", "--grad dreg; allowed"), ("--k 0", "--k 0; allowed"),
                              ("--compare x", "--compare: inv"), ("--resume --target u1 --steps 40", "there, u1 here")):
             self.assertRegex("{} {}".format(*self.train(flags)), f"(?s)^2 .*ERROR: .*{words}")
@@ -740,15 +743,15 @@ class Repository(unittest.TestCase):
         (flashsigmoid, "flashsigmoid_h100.json"),
         (byov, "byov_compare_h100.json"), (byov, "byov_compare_cpu.json"),
         (hier_iwae, "hier_iwae_compare_loggamma_cpu.json"), (hier_iwae, "hier_iwae_compare_u2_cpu.json"),
-        (hier_iwae, "hier_iwae_compare_mnist_h100.json"),
+        (hier_iwae, "hier_iwae_compare_mnist_h100.json"), (hier_iwae, "hier_iwae_growth_mnist_h100.json"),
         (nmn_iterated, "nmn_iterated_compare_cpu.json"), (nmn_iterated, "nmn_iterated_compare_interrupted_cpu.json"),
         (sigmoid_gpt, "sigmoid_gpt_compare_rope_cpu.json sigmoid_gpt_compare_alibi_cpu.json"),
         (sigmoid_gpt, "sigmoid_gpt_86m_softmax_1k_h100.json sigmoid_gpt_86m_sigmoid_1k_h100.json "
                       "sigmoid_gpt_86m_sigmoid_8k_h100.json")]
 
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 550, "sigmoid_gpt.py": 420, "byov.py": 532, "nmn_iterated.py": 560,
-                   "hier_iwae.py": 420, "test_all.py": 788}
+        budgets = {"flashsigmoid.py": 569, "sigmoid_gpt.py": 420, "byov.py": 532, "nmn_iterated.py": 560,
+                   "hier_iwae.py": 420, "test_all.py": 791}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
             with self.subTest(path.name):
@@ -770,9 +773,9 @@ class Repository(unittest.TestCase):
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not there")
     def test_picture(self):
         """The code in README.md still draws the first picture."""
-        code = re.search("```python\n(import json.*?)```", self.README, re.S)[1].replace("results/", f"{ROOT}/results/")
+        code = re.search("```python\n(import json\nfrom pathlib.*?)```", self.README, re.S)[1]
         with mock.patch("matplotlib.figure.Figure.savefig") as savefig:
-            exec(code, {})
+            exec(code.replace("results/", f"{ROOT}/results/"), {})
         savefig.assert_called_once()
 
     def test_commands(self):
