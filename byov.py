@@ -11,7 +11,7 @@ p1 and p2 come from drawn online weights, t1 and t2 from the target, an average 
 lambda = weight_decay * prior_std^2 makes its gradient on mu plain weight decay, which the optimiser does, as for BYOL.
 
     python byov.py                trains BYOV, then measures a linear probe, on clean and corrupted images
-    python byov.py --compare      BYOL, BYOV, and BYOL with untrained noise of equal size on its weights
+    python byov.py --compare      BYOL, BYOV, BYOL with untrained noise of equal size on its weights, and supervision
 
 On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abstract was known: the rest is our choice,
 such as to pass both views as one batch, which share batch norm's statistics and the draw of convolutions.
@@ -37,14 +37,14 @@ from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, corrupt
 
 DEFAULTS = {
-    "glyphs": dict(encoder="conv", width=16, batch=128, steps=300, lr=0.1, weight_decay=5e-4, prior_std=0.05,
-                   samples=16, probe_labels=[300], views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
-    "cifar10": dict(encoder="resnet18", width=64, batch=128, steps=8000, lr=0.1, weight_decay=5e-4, prior_std=0.01,
-                    samples=16, probe_labels=[0, 400], views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
+    "glyphs": dict(encoder="conv", width=16, steps=300, prior_std=0.05, probe_labels=[300],
+                   views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
+    "cifar10": dict(encoder="resnet18", width=64, steps=25_000, prior_std=0.002, probe_labels=[0, 400],
+                    views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
 }
-ARMS = "BYOL", "BYOV", "BYOL+noise"
-ARCHITECTURE = "data bayes encoder width".split()
-RECIPE = [*ARCHITECTURE, *"steps batch lr weight_decay tau prior_std samples probe_labels corruptions".split()]
+ARMS = {name: dict(bayes=name not in ("BYOL", "supervised"), supervised="supervised" in name)
+        for name in ("BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB")}
+TRAINING = "data bayes supervised encoder width steps batch lr weight_decay tau prior_std".split()
 COLUMNS = {"knn_acc": "kNN %", "linear_acc": "linear %", "nll": "NLL", "brier": "Brier %", "ece": "ECE %",
            "ece_scaled": "scaled ECE %", "salt_and_pepper_linear_acc": "salt & pepper: linear %",
            "salt_and_pepper_brier": "Brier %", "salt_and_pepper_ece": "ECE %",
@@ -92,6 +92,12 @@ def make_bayesian(net):
             set_sigma(layer, 0.02)
 
 
+def relative_sigmas(net):
+    """For each Bayesian layer, sigma (root mean square) by the standard deviation of the weights."""
+    return [(F.softplus(layer.rho).square().mean().sqrt() / layer.weight.std()).item()
+            for layer in bayesian_layers(net)]
+
+
 def kl_divergence(net, prior_std):
     """KL(q || N(0, prior_std^2)) in nats, the sum over all Bayesian weights; no gradient on mu but weight decay."""
     pairs = [(F.softplus(layer.rho) / prior_std, layer.weight.detach() / prior_std) for layer in bayesian_layers(net)]
@@ -128,7 +134,7 @@ def make_head(c_in, hidden, c_out):
 
 
 class Network(nn.Module):
-    """Encoder, projector and predictor, and a linear probe that watches."""
+    """Encoder, projector and predictor, and a linear probe that watches; supervised, encoder and classifier."""
 
     def __init__(self, args):
         super().__init__()
@@ -143,7 +149,9 @@ class Network(nn.Module):
         for layer in self.encoder.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out")
-        self.projector, self.predictor = make_head(8 * C, 16 * C, 256), make_head(256, 16 * C, 256)
+        self.projector = self.predictor = nn.Identity()
+        if not args.supervised:
+            self.projector, self.predictor = make_head(8 * C, 16 * C, 256), make_head(256, 16 * C, 256)
         self.probe = nn.Linear(8 * C, 10)
 
 
@@ -158,27 +166,37 @@ def make_networks(args, device):
 
 # -------- Loss
 
-def loss_terms(online, target, views, labels, prior_std):
+def loss_terms(online, target, views, labels, args):
     """(BYOL's loss, the probe's, KL, embedding (2B, 256)) of views (2B, 3, 32, 32), first all first views; BYOL's loss,
-    from 0 to 8, is the sum of both directions and the mean over images."""
+    from 0 to 8, is the sum of both directions and the mean over images. A supervised run has the probe's alone."""
     h = online.encoder(views)                                                               # (2B, 8 width)
     z = online.projector(h)                                                                 # (2B, 256)
+    probe = F.cross_entropy(online.probe(h if args.supervised else h.detach()).float(), labels.repeat(2))
+    kl = kl_divergence(online, args.prior_std)
+    if args.supervised:
+        return torch.zeros_like(probe), probe, kl, z.detach().float()
     with torch.no_grad():
         t = target.projector(target.encoder(views)).roll(len(z) // 2, 0)  # each row that of the other view
     cosine = F.cosine_similarity(online.predictor(z).float(), t.float())
-    probe = F.cross_entropy(online.probe(h.detach()).float(), labels.repeat(2))
-    return 4 - 4 * cosine.mean(), probe, kl_divergence(online, prior_std), z.detach().float()
+    return 4 - 4 * cosine.mean(), probe, kl, z.detach().float()
 
 
 # -------- Evaluation. N images, S draws of the weights, K classes; probs (N, K).
 
+def calibration(probs, labels):
+    """(3, 15): share of the images, mean confidence, accuracy, in each of 15 equal bins of the largest probability."""
+    confidence, guess = probs.max(1)
+    values = torch.stack([torch.ones_like(confidence), confidence, (guess == labels).float()])
+    sums = torch.zeros(3, 15, device=probs.device).index_add(1, (15 * confidence).long().clamp(max=14), values)
+    return torch.stack([sums[0] / len(probs), *(sums[1:] / sums[0].clamp(min=1))])
+
+
 def measure(probs, labels):
-    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE of the largest probability, 15 equal bins."""
-    (N, K), (confidence, guess) = probs.shape, probs.max(1)
-    right, bins = (guess == labels).float(), (15 * confidence).long().clamp(max=14)
-    gaps = torch.zeros(15, device=probs.device).index_add(0, bins, right - confidence) / N
-    return dict(linear_acc=right.mean().item(), nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels).item(),
-                brier=(probs - F.one_hot(labels, K)).square().sum(1).mean().item(), ece=gaps.abs().sum().item())
+    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE, the mean of |accuracy - confidence|."""
+    share, confidence, accuracy = calibration(probs, labels)
+    return dict(linear_acc=(share * accuracy).sum().item(), ece=(share * (accuracy - confidence).abs()).sum().item(),
+                brier=(probs - F.one_hot(labels, probs.shape[1])).square().sum(1).mean().item(),
+                nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels).item())
 
 
 def temperature_scale(probs, val_probs, val_labels):
@@ -210,8 +228,7 @@ def knn_accuracy(bank, bank_labels, queries, labels):
 
 @torch.enable_grad()
 def fit_probe(draws, labels):
-    """The linear layer, as a function of features, with the least mean cross-entropy + 5e-5 |W|^2 over draws (S, N, D),
-    standardised features of the same N images under S draws of the weights."""
+    """Features -> logits, by the linear layer of least cross-entropy + 5e-5 |W|^2 on (S, N, D) draws, standardised."""
     mean, std = draws.float().mean((0, 1)), draws.float().std((0, 1)) + 1e-6
     x, y = ((draws.float() - mean) / std).flatten(0, 1), labels.repeat(len(draws))
     probe = nn.Linear(x.shape[1], 10, device=x.device)
@@ -230,27 +247,33 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """Metrics on test: of kNN, and of probes fitted to train, averaged over S draws of the weights. Their names are
-    [COUNT_labels_][CORRUPTION_[SEVERITY_]]METRIC[_scaled by the temperature for val, _S_draws, _mean_weights]."""
+    """(kNN accuracy, predictions on test {(condition, variant): probs (N, K)}, of probes fitted to train or of what was
+    supervised). A condition is [COUNT_labels_][CORRUPTION_SEVERITY_], a variant "", _scaled by the temperature for val,
+    _S_draws or _mean_weights."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if args.bayes else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
-    metrics, heads = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)), {}
     train_h, val_h = (features(net, images, autocast, seeds) for images in (train_x, val_x))
-    for n in args.probe_labels:
-        head = fit_probe(train_h[:, :n or None], train_y[:n or None])
-        heads[f"{n}_labels_" if heads else ""] = head, torch.stack([head(h).softmax(-1) for h in val_h]).mean(0)
+    heads, predictions = {"": lambda h: net.probe(h.float())}, {}
+    if not args.supervised:
+        heads = {f"{n}_labels_" if i else "": fit_probe(train_h[:, :n or None], train_y[:n or None])
+                 for i, n in enumerate(args.probe_labels)}
     for name, i in [("", 0), *product(args.corruptions, range(1, 6))]:
         h = features(net, corrupt(test_x, name, i) if i else test_x, autocast, seeds)
-        for prefix, (head, val) in heads.items():
-            draws = torch.stack([head(one).softmax(-1) for one in h])                       # (S, N, K)
-            found = {"": draws.mean(0), "_scaled": temperature_scale(draws.mean(0), val, val_y)}
+        for prefix, head in heads.items():
+            draws, val = (torch.stack([head(one).softmax(-1) for one in some]) for some in (h, val_h))  # (S, N, K)
+            condition, mean = f"{prefix}{name}_{i}_" if i else prefix, draws.mean(0)
+            predictions |= {(condition, ""): mean, (condition, "_scaled"): temperature_scale(mean, val.mean(0), val_y)}
             if i == 0:
-                found |= {f"_{s}_draws": draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
-                found["_mean_weights"] = head(queries).softmax(-1)
-            prefix += f"{name}_{i}_" if i else ""
-            for suffix, probs in found.items():
-                metrics |= {f"{prefix}{key}{suffix}": value for key, value in measure(probs, test_y).items()}
+                predictions |= {(condition, f"_{s}_draws"): draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
+                predictions[condition, "_mean_weights"] = head(queries).softmax(-1)
+    return knn_accuracy(bank, train_y, queries, test_y), predictions
+
+
+def measure_all(predictions, labels):
+    """The metrics of each condition and variant, and each corruption's mean over its five severities."""
+    metrics = {f"{condition}{key}{variant}": value for (condition, variant), probs in predictions.items()
+               for key, value in measure(probs, labels).items()}
     for key in [key for key in metrics if "_5_" in key]:
         metrics[key.replace("_5_", "_")] = sum(metrics[key.replace("_5_", f"_{i}_")] for i in range(1, 6)) / 5
     return metrics
@@ -263,16 +286,6 @@ def save_checkpoint(path, state):
     part = path.with_suffix(".part")
     torch.save(state, part)
     part.replace(path)
-
-
-def load_checkpoint(path, device, args):
-    if not path.exists():
-        fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume")
-    state = torch.load(path, map_location=device, weights_only=True)
-    if differing := [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in ARCHITECTURE
-                     if state["args"][name] != getattr(args, name)]:
-        fail(f"--resume: {path} is another architecture: {'; '.join(differing)}")
-    return state
 
 
 def train(args, data, device, autocast, out_dir):
@@ -294,21 +307,21 @@ def train(args, data, device, autocast, out_dir):
     if rhos:
         optimizers.append(torch.optim.Adam([dict(params=rhos, speed=0.01 / args.lr)], fused=on_gpu))  # peak 0.01
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
-    if args.resume and (path.exists() or not args.compare):
-        saved = load_checkpoint(path, device, args)
+    if args.resume and path.exists():
+        saved = torch.load(path, map_location=device, weights_only=True)
+        if differing := [f"{name} {saved['args'][name]} there, {getattr(args, name)} here" for name in TRAINING
+                         if saved["args"][name] != getattr(args, name)]:
+            fail(f"--resume: {path} is of another run: {'; '.join(differing)}")
         first, metrics = saved["step"], saved["metrics"]
-        if first > args.steps:
-            fail(f"--resume: {out_dir} is at step {first}; allowed: --steps {first} or more")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-    out_dir.mkdir(parents=True, exist_ok=True)
     log = open(out_dir / "log.jsonl", "a" if first else "w", buffering=1)
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    began, clock, counted, tick, trouble = time.time() - metrics["seconds"], 0.0, 0, None, None
-    bar = tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1)
-    for step in range(first, args.steps):
+    began = time.time() - metrics["seconds"]
+    bar = tqdm(range(first, args.steps), out_dir.name, args.steps, initial=first, mininterval=1)
+    for step in bar:
         warmup = args.steps // 10  # then a cosine to zero
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (args.steps - warmup))
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
@@ -318,7 +331,7 @@ def train(args, data, device, autocast, out_dir):
         views = views_of(images[batch], args.views)
         online.train()
         with autocast:
-            fit, probe, kl, embedding = terms_of(online, target, views, labels[batch], args.prior_std)
+            fit, probe, kl, embedding = terms_of(online, target, views, labels[batch], args)
         loss = fit + probe + args.weight_decay * args.prior_std ** 2 * kl
         loss.backward()
         for optimizer in optimizers:
@@ -326,40 +339,30 @@ def train(args, data, device, autocast, out_dir):
             optimizer.zero_grad()
         with torch.no_grad():  # target <- tau target + (1 - tau) online, and tau rises to 1
             torch._foreach_lerp_(averages, sources, (1 - args.tau) * (1 + math.cos(math.pi * step / args.steps)) / 2)
-        bar.update()
         due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
         if due or (step + 1) % 10 == 0:
             spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
             bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
-            if tick:  # .item() has waited for the device, so that the clock tells the truth
-                clock, counted = clock + time.time() - tick[0], counted + step - tick[1]
-            tick = time.time(), step
             if not math.isfinite(loss.item()):
-                trouble = f"loss {loss.item()} at step {step}, learning rate {group['lr']:.2e}", 1
-            elif spread < 0.1:
-                trouble = (f"step {step + 1}: the embedding has collapsed: {spread:.3f} of the std of a healthy one\n"
-                           "HINT: a smaller --lr, a larger --tau or a smaller --prior_std"), 1
+                fail(f"loss {loss.item()} at step {step}, learning rate {group['lr']:.2e}", 1)
+            if spread < 0.1:
+                fail(f"step {step + 1}: collapsed, the embedding's std is {spread:.3f} of a healthy one's\n"
+                     "HINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
         if due:
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
-            share = torch.linalg.svdvals(queries.float() - queries.float().mean(0)).square()
-            share = share / share.sum()
-            ratios = [F.softplus(layer.rho).mean() / layer.weight.std() for layer in bayesian_layers(online)]
-            record = dict(step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(),
-                          spread=spread, sigma_over_mu=sum(ratios).item() / len(ratios) if ratios else 0.0,
-                          effective_rank=torch.special.entr(share).sum().exp().item(),
+            covariance = queries.float().T.cov()
+            ratios = relative_sigmas(online)
+            metrics["seconds"] = time.time() - began
+            record = dict(metrics, step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(),
+                          spread=spread, sigma_over_mu=sum(ratios) / max(1, len(ratios)),
+                          effective_rank=(covariance.trace() ** 2 / covariance.square().sum()).item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            metrics = dict(seconds=time.time() - began, images_per_s=counted * args.batch / max(clock, 1e-9))
             save_checkpoint(path, dict({name: part.state_dict() for name, part in parts.items()}, args=vars(args),
                                        step=step + 1, metrics=metrics))
-            tick = None
             if stop:
-                trouble = f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130
-        if trouble:
-            bar.close()
-            fail(*trouble)
-    bar.close()
+                fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
     signal.signal(signal.SIGINT, previous)
     return online, metrics
 
@@ -367,45 +370,45 @@ def train(args, data, device, autocast, out_dir):
 # -------- The paper's claims
 
 def compare(args, data, device, autocast, out_dir):
-    """Rows: mean and std of each arm's metrics, for equal seeds, data and budget, and of BYOV's paired differences."""
-    runs = {name: [] for name in args.arms}
-    for seed, name in product(range(args.seed, args.seed + args.seeds), args.arms):
-        arm = argparse.Namespace(**vars(args) | dict(bayes=name != "BYOL", seed=seed))
-        folder, byol, byov = (out_dir / f"{which}_seed_{seed}" for which in (name, "BYOL", "BYOV"))
-        path, recipe = folder / "metrics.json", {key: vars(arm)[key] for key in RECIPE}
-        run = json.loads(path.read_text()) if args.resume and path.exists() else {}
+    """Trains and measures each arm with each seed, for equal steps. Returns rows, mean and std of the metrics of each
+    arm and of BYOV's paired differences, and runs, what the seeds of each arm predicted."""
+    runs, labels = {name: [] for name in args.compare}, data["test"][1]
+    for seed, name in product(range(args.seed, args.seed + args.seeds), args.compare):
+        arm = argparse.Namespace(**vars(args) | ARMS[name] | dict(seed=seed))
+        folder, byol = out_dir / f"{name}_seed_{seed}".replace(" ", "_"), out_dir / f"BYOL_seed_{seed}/checkpoint.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = {key: vars(arm)[key] for key in [*TRAINING, "samples", "probe_labels", "corruptions"]}
+        path = folder / "run.pt"
+        run = torch.load(path, map_location=device, weights_only=True) if args.resume and path.exists() else {}
         if run.get("recipe") != recipe:
-            if name == "BYOL+noise":
-                net, metrics = untrained_noise(arm, device, byol, byov), {}
+            if name == "BYOL+noise":  # of the size, relative to the weights of a layer, that BYOV learned there
+                (net, _), metrics = make_networks(arm, device), {}
+                net.load_state_dict(torch.load(byol, device, weights_only=True)["online"], strict=False)
+                for layer, sigma in zip(bayesian_layers(net), runs["BYOV"][-1]["sigmas"]):
+                    set_sigma(layer, sigma)
             else:
                 net, metrics = train(arm, data, device, autocast, folder)
-            run = dict(recipe=recipe, metrics=metrics | evaluate(net, data, arm, autocast))
-            folder.mkdir(exist_ok=True)
-            path.write_text(json.dumps(run))
-        runs[name].append(run["metrics"])
+            knn, predictions = evaluate(net, data, arm, autocast)
+            run = dict(recipe=recipe, predictions=predictions, sigmas=relative_sigmas(net),
+                       metrics=dict(metrics, knn_acc=knn, **measure_all(predictions, labels)))
+            save_checkpoint(path, run)
+        runs[name].append(run)
+    found = {name: [run["metrics"] for run in some] for name, some in runs.items()}
     for name in ("BYOL", "BYOL+noise"):
         if {name, "BYOV"} <= runs.keys():
-            pairs = zip(runs["BYOV"], runs[name])
-            runs[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
+            pairs = zip(found["BYOV"], found[name])
+            found[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
     rows = []
-    for name, some in runs.items():
-        values = {key: torch.tensor([run[key] for run in some], dtype=torch.float64) for key in some[0]}
+    for name, some in found.items():
+        values = {key: torch.tensor([metrics[key] for metrics in some], dtype=torch.float64) for key in some[0]}
         rows.append(dict(name=name, seeds=args.seeds) | {key: x.mean().item() for key, x in values.items()})
         if args.seeds > 1:
             rows[-1] |= {f"{key}_std": x.std().item() for key, x in values.items()}
-    return rows
-
-
-def untrained_noise(args, device, byol, byov):
-    """BYOL's network, with noise in each layer of the size, relative to its weights, that BYOV learned there."""
-    net, _ = make_networks(args, device)
-    states = [torch.load(run / "checkpoint.pt", device, weights_only=True)["online"] for run in (byov, byol)]
-    net.load_state_dict(states[0])
-    sizes = [F.softplus(layer.rho).square().mean().sqrt() / layer.weight.std() for layer in bayesian_layers(net)]
-    net.load_state_dict(states[1], strict=False)
-    for layer, size in zip(bayesian_layers(net), sizes):
-        set_sigma(layer, size.detach())
-    return net
+    if "BYOL" in runs and args.seeds > 1:
+        members = [run["predictions"] for run in runs["BYOL"]]
+        mean = {key: torch.stack([member[key] for member in members]).mean(0) for key in members[0]}
+        rows.append(dict(name=f"ensemble of {args.seeds} BYOL", seeds=1) | measure_all(mean, labels))
+    return rows, runs
 
 
 def table(rows):
@@ -422,25 +425,31 @@ def table(rows):
     return "\n".join(lines)
 
 
-def plot(path, rows):
-    """ECE and Brier score against the severity of salt & pepper, mean ± std over seeds."""
+def plot(path, rows, runs, labels, corruption):
+    """ECE and Brier score against severity, mean ± std over seeds; reliability."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axis, metric, label in zip(figure.subplots(1, 2), ("ece", "brier"), ("ECE, %", "Brier score, 1/100")):
-        keys = [metric, *(f"salt_and_pepper_{i}_{metric}" for i in range(1, 6))]
-        for row in rows:
-            if " - " not in row["name"]:
-                axis.errorbar(range(6), [100 * row[key] for key in keys],
-                              [100 * row.get(f"{key}_std", 0) for key in keys], capsize=2, label=row["name"])
-        axis.set(xlabel="severity of salt & pepper", ylabel=label)
-    axis.legend(frameon=False)
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 2).flatten()
+    for axis, metric in zip(axes, ("ece", "brier")):
+        keys = [metric, *(f"{corruption}_{i}_{metric}" for i in range(1, 6))]
+        for row in [row for row in rows if " - " not in row["name"]]:
+            axis.errorbar(range(6), [100 * row[key] for key in keys], [100 * row.get(f"{key}_std", 0) for key in keys],
+                          capsize=2, label=row["name"])
+        axis.set(xlabel=f"severity of {corruption}", ylabel={"ece": "ECE, %", "brier": "Brier score, %"}[metric])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    for axis, condition in zip(axes[2:], ("", f"{corruption}_3_")):
+        for name, some in runs.items():
+            probs = torch.cat([run["predictions"][condition, ""] for run in some])
+            share, confidence, accuracy = calibration(probs, labels.repeat(len(some))).cpu()
+            axis.plot(confidence[share > 1e-3], (accuracy - confidence)[share > 1e-3], ".-")
+        axis.set(xlabel=f"confidence, {condition.strip('_') or 'clean'}", ylabel="accuracy - confidence")
     figure.savefig(path, dpi=150)
 
 
 # -------- Arguments
 
 def fail(message, status=2):
-    print(f"ERROR: {message}", file=sys.stderr)
+    tqdm.write(f"ERROR: {message}", file=sys.stderr)  # clear of a progress bar
     raise SystemExit(status)
 
 
@@ -449,44 +458,39 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="BYOL + Bayes by Backprop (arXiv 2312.03213).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    data = parser.add_argument_group("data").add_argument
+    groups = map(parser.add_argument_group, ("data", "model", "optimisation", "evaluation", "run"))
+    data, model, optimisation, evaluation, run = (group.add_argument for group in groups)
     data("--data", choices=tuple(DEFAULTS), default="glyphs" if there[0] == "cpu" else "cifar10", help="images")
-    model = parser.add_argument_group("model").add_argument
-    model("--bayes", action=argparse.BooleanOptionalAction, default=True, help="BYOV; without it, BYOL")
     model("--encoder", choices=("resnet18", "conv"), help="for 3 x 32 x 32")
     model("--width", type=int, help="channels of the first layer; an encoder gives 8 times as many")
     model("--prior_std", type=float, help="of the prior, and the most that sigma grows to")
-    optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--steps", type=int, help="optimiser steps of a run")
-    optimisation("--batch", type=int, help="images a step")
-    optimisation("--lr", type=float, help="peak learning rate of SGD")
-    optimisation("--weight_decay", type=float, help="of matrices; lambda is this * prior_std^2")
+    optimisation("--batch", type=int, default=128, help="images a step")
+    optimisation("--lr", type=float, default=0.1, help="peak learning rate of SGD")
+    optimisation("--weight_decay", type=float, default=5e-4, help="of matrices; lambda is this * prior_std^2")
     optimisation("--tau", type=float, default=0.97, help="first share that the target keeps a step; ends at 1")
-    evaluation = parser.add_argument_group("evaluation").add_argument
-    evaluation("--samples", type=int, help="draws of the weights, averaged")
+    evaluation("--samples", type=int, default=16, help="draws of the weights, averaged")
     evaluation("--probe_labels", type=int, nargs="+", help="labels that a probe sees, 0 for all; a probe for each")
-    evaluation("--corruptions", nargs="+", choices=tuple(CORRUPTIONS), default=["salt_and_pepper"],
-               help="of the test images, at five severities")
-    run = parser.add_argument_group("run").add_argument
-    run("--seeds", type=int, default=1, help="with --compare: runs an arm, up to 10")
+    evaluation("--corruptions", nargs="+", choices=CORRUPTIONS, default=["salt_and_pepper"], help="of the test images")
+    run("--compare", nargs="*", choices=ARMS, metavar="ARM", help=f"some of {', '.join(ARMS)}; none is all")
+    run("--seeds", type=int, default=1, help="runs of each arm, up to 10")
     run("--seed", type=int, default=1337, help="of weights, batches, views and draws")
-    run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity")
-    run("--out_dir", default="out/byov", help="for checkpoint.pt, log.jsonl, metrics.json")
-    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit; or from each run's")
+    run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity, and reliability")
+    run("--out_dir", default="out/byov", help="for metrics.json, and a folder for each arm and seed")
+    run("--resume", action="store_true", help="go on from the checkpoints in out_dir, bit for bit")
     run("--eval_interval", type=int, default=500, help="steps between evaluations, each with a checkpoint")
-    run("--compare", action="store_true", help="all --arms, in one table")
-    run("--arms", nargs="+", choices=ARMS, default=ARMS, help="with --compare")
     run("--device", choices=there, default=there[0], help="of what this machine has")
+    parser.set_defaults(**DEFAULTS[parser.get_default("data")], **ARMS["BYOV"])
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data])
     args = parser.parse_args(argv)
-    lowest = dict(width=1, prior_std=1e-6, steps=1, batch=2, lr=1e-9, weight_decay=0, tau=0, samples=1, seeds=1, seed=0,
-                  eval_interval=1)
+    args.compare = [*ARMS] if args.compare == [] else args.compare or ["BYOV"]
+    allowed = dict(width=(1, 1e4), prior_std=(1e-6, 1e3), steps=(1, 1e9), batch=(2, 1e6), lr=(1e-9, 1e3), tau=(0, 1),
+                   weight_decay=(0, 1), samples=(1, 1e4), seeds=(1, 10), seed=(0, 1e9), eval_interval=(1, 1e9))
     for wrong, message in (
-            *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
-              for name, low in lowest.items()),
-            (args.tau > 1 or args.seeds > 10, f"--tau {args.tau} --seeds {args.seeds}; allowed: up to 1, up to 10"),
+            *((not low <= getattr(args, name) <= high, f"--{name} {getattr(args, name)}; allowed: {low} to {high:g}")
+              for name, (low, high) in allowed.items()),
             (min(args.probe_labels) < 0, f"--probe_labels {args.probe_labels}; allowed: 0 or more"),
-            ("BYOL+noise" in args.arms and len({*args.arms}) < 3, "--arms BYOL+noise; allowed: after BYOL and BYOV"),
+            ("BYOL+noise" in args.compare and args.compare[:2] != ["BYOL", "BYOV"], "BYOL+noise: only after BYOL BYOV"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
@@ -514,18 +518,13 @@ def main(argv=None):
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}, "
           f"{sum(p.numel() for p in Network(args).parameters()):,} parameters")
-    if args.compare:
-        rows = compare(args, data, device, autocast, out_dir)
-        result = dict(rows=rows)
-    else:
-        net, metrics = train(args, data, device, autocast, out_dir)
-        result = metrics | evaluate(net, data, args, autocast)
-        rows = [dict(result, name="BYOV" if args.bayes else "BYOL", seeds=1)]
+    rows, runs = compare(args, data, device, autocast, out_dir)
+    result = dict(rows=rows) if len(rows) > 1 else dict(rows[0])
     print(table(rows))
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, rows)
+        plot(args.plot, rows, runs, data["test"][1], args.corruptions[0])
     return result
 
 

@@ -13,17 +13,16 @@ draws a z0 for each q_j: all stays but the coupling. --grad dreg is the doubly r
     python hier_iwae.py                        a 2-D density on a CPU, binarised MNIST on a GPU
     python hier_iwae.py --compare --seeds 3    the proposals, then the estimators, at equal k and steps, in one table
 
-Differs from the authors' code in plainer networks: no weight normalisation, the context is an input, images grow by
-nearest neighbours; in steps, batch and schedule; in its training weights, which are those of the bound.
+Differs from the authors' code in plainer networks, steps, batch and schedule; its training weights are the bound's.
 """
 import argparse
 import importlib.util
 import json
 import math
+import signal
 import sys
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,7 +93,7 @@ class HIWAE(nn.Module):
         if self.target:
             self.log_z = log_normaliser(self.target, d)
             return
-        conv, twice = partial(nn.Conv2d, kernel_size=3, padding=1), nn.Upsample(scale_factor=2)
+        conv, twice = (lambda i, o, stride=1: nn.Conv2d(i, o, 3, stride, padding=1)), nn.Upsample(scale_factor=2)
         self.encoder = nn.Sequential(
             Residual(conv, 1, 16, stride=2), Residual(conv, 16, 16), Residual(conv, 16, 32, stride=2),
             Residual(conv, 32, 32), Residual(conv, 32, 32, stride=2), nn.Flatten(), Residual(nn.Linear, 512, C))
@@ -184,8 +183,7 @@ def evaluate(model, x, args, samples):
     draws = [torch.cat([log_weights(model, some, args)[0] for some in x.split(rows)]) for _ in range(repeats)]
     found = statistics(torch.stack(draws, 0 if model.target else 1))                        # (1, N, k) or (N, R, k)
     if args.target == "loggamma" and args.proposal != "gaussian":
-        up, down = (model.q(x.new_full((1, 1, 1), z0), x.new_ones(1, 1, 1))[0] for z0 in (1, -1))
-        found["slopes"] = ((up - down).flatten() / 2).tolist()
+        found["slopes"] = model.q.skip.weight[:, 0].tolist()  # of the means in z0: these proposals are linear
     return found | (dict(gap=-found["bound"]) if model.target else {})
 
 
@@ -229,7 +227,9 @@ def train(args, data, device, out_dir):
         optimizer.zero_grad()
         bound.copy_(log_w.detach().logsumexp(1).mean() - math.log(args.k[0]))
 
-    step_once, every, ms = update, max(1, args.steps // 20), 0.0
+    stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
+    previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
+    step_once, every, ms, tick, since = update, max(1, args.steps // 20), 0.0, time.time(), first
     if cuda:
         torch.cuda.set_stream(torch.cuda.Stream(device))  # a graph can be recorded on any stream but the first
     with tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1) as bar:
@@ -242,11 +242,9 @@ def train(args, data, device, out_dir):
                 with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                     update()
                 step_once = graph.replay
-            if step == first + 10 or step % every == 0:
-                tick, since = time.time(), step  # the clock leaves out recording and evaluation
             step_once()
             bar.update()
-            if step + 1 < args.steps and (step + 1) % every:
+            if step + 1 < args.steps and (step + 1) % every and not stop:
                 continue
             train_bound = bound.item()  # waits for the device, so that the clock tells the truth
             ms = 1000 * (time.time() - tick) / (step + 1 - since)
@@ -259,6 +257,11 @@ def train(args, data, device, out_dir):
             state = dict(args=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
             torch.save(state, out_dir / "part")
             (out_dir / "part").replace(checkpoint)  # a kill in between leaves the old checkpoint whole
+            if stop:
+                bar.close()
+                fail(f"interrupted; {checkpoint} is saved, --resume goes on", status=130)
+            tick, since = time.time(), step + 1  # the clock leaves out evaluation
+    signal.signal(signal.SIGINT, previous)
     metrics = evaluate(model, test, args, args.nll_samples)
     metrics |= dict(ms_per_step=ms, seconds=time.time() - began, seed=args.seed, steps=args.steps, **args.about)
     finished.write_text(json.dumps(metrics, indent=1))
@@ -297,17 +300,18 @@ def table(rows):
 
 
 def plot(path, rows):
-    """Bound, or gap of a density, and Var(log p_hat) of every arm: over the steps, or over k if there are several."""
+    """Bound, or gap of a density, and Var(log p_hat) over the steps; or over k, if there are several, of images NLL."""
     from matplotlib.figure import Figure
     figure, density = Figure(figsize=(9, 3.2), layout="constrained"), "gap" in rows[0]
     axes, growth = figure.subplots(1, 2), len({row["k"] for row in rows}) > 1
+    names = "gap" if density else "bound", "nll" if growth and not density else "var_log_p_hat"
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        points = [(row["k"], row["bound"], row["var_log_p_hat"]) for row in rows if row["arm"] == arm]
-        x, bounds, variances = zip(*(points if growth else next(row["curve"] for row in rows if row["arm"] == arm)))
-        axes[0].plot(x, [-bound if density else bound for bound in bounds], label=arm)
-        axes[1].plot(x, variances)
-    for ax, label in zip(axes, ("gap" if density else "bound", "Var(log p_hat)")):
-        ax.set(xlabel="k" if growth else "step", ylabel=label, yscale="log" if density else "linear")
+        points = [(row["k"], row["bound"], row[names[1]]) for row in rows if row["arm"] == arm]
+        x, bounds, others = zip(*(points if growth else next(row["curve"] for row in rows if row["arm"] == arm)))
+        axes[0].plot(x, [-bound if density else bound for bound in bounds], "o-" if growth else "-", label=arm)
+        axes[1].plot(x, others, "o-" if growth else "-")
+    for ax, name in zip(axes, names):
+        ax.set(xlabel="k" if growth else "step", ylabel=name, yscale="log" if density else "linear")
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 
@@ -385,6 +389,7 @@ def parse(argv):
 
 def main(argv=None):
     """Train or compare, as the flags say; returns what is in metrics.json."""
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted; --resume goes on", status=130))
     args = parse(argv)
     out_dir, device = Path(args.out_dir), torch.device(args.device)
     data = [torch.zeros(args.batch, 0, device=device)] * 3
@@ -394,23 +399,18 @@ def main(argv=None):
         except (OSError, ValueError) as error:
             fail(f"--data: {error}")
         images, val = images.to(device).tensor_split([len(images) * 5 // 6])
-        test = test[:args.test_images].to(device)
-        data = images, binarised(val[:len(test) // 5], 1), binarised(test, 2)
+        data = images, binarised(val[:args.test_images // 5], 1), binarised(test[:args.test_images].to(device), 2)
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     args.about = dict(device=name, dataset=args.data or args.target, torch=str(torch.__version__))
     print(f"{name}, float32 (TF32 in convolutions, where there are tensor cores), {args.data or args.target}, "
           f"{sum(p.numel() for p in HIWAE(args).parameters()):,} parameters, PyTorch kernels")
-    try:
-        if args.compare:
-            result = dict(rows=compare(args, data, device, out_dir), seed=args.seed, steps=args.steps, **args.about)
-            (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
-            print(table(result["rows"]))
-        else:
-            model, result = train(args, data, device, out_dir)
-            for key, value in result.items():
-                print(f"{key:24}{value}")
-    except KeyboardInterrupt:
-        fail("interrupted; --resume goes on", status=130)
+    if args.compare:
+        result = dict(rows=compare(args, data, device, out_dir), seed=args.seed, steps=args.steps, **args.about)
+        (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
+        print(table(result["rows"]))
+    else:
+        model, result = train(args, data, device, out_dir)
+        print("\n".join(f"{key:24}{value}" for key, value in result.items()))
     if args.plot:
         plot(args.plot, result["rows"]) if args.compare else scatter(args.plot, args, model, data[0])
     return result

@@ -10,8 +10,7 @@ scale, normalise what each branch adds ("hybrid norm"). Each is a flag. Tokens a
     python sigmoid_gpt.py --compare       softmax, sigmoid, and sigmoid without its bias: loss, norms, speed, memory
     python sigmoid_gpt.py --sample --prompt "ROMEO:"          torchrun --nproc_per_node 2 sigmoid_gpt.py
 
-Differs from the paper in size, steps, data and tokens (there 32,768 byte pairs), in the learning rate, and on a GPU in
-dropout and weight decay, because a small text is seen many times.
+Differs from the paper in size, steps, data, tokens and learning rate, and on a GPU in dropout and weight decay.
 """
 import argparse
 import importlib.util
@@ -37,7 +36,8 @@ DEFAULTS = dict(
     gpu=dict(layers=6, channels=384, heads=6, context=256, dropout=0.4, batch=64, steps=4000, lr=1e-3, weight_decay=2))
 MODEL = "attn attn_bias pos norm qk_norm layers channels heads context dataset".split()
 TRAINING = "dropout steps batch lr warmup weight_decay".split()
-METRICS = "val_loss attention_rms_init attention_rms_early tokens_per_s peak_gib best_val_loss seconds".split()
+METRICS = dict(val_loss=3, best_val_loss=3, repeat_loss=3, repeat_loss_beyond=3, attention_rms_init=2,
+               attention_rms_early=2, tokens_per_s=0, peak_gib=1, seconds=0)  # decimals in tables
 
 
 # -------- Model. B batch, T tokens, C channels, H heads, D = C / H.
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(args.channels, args.channels, bias=False)
         D = args.channels // args.heads
         self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-5) if args.qk_norm else nn.Identity() for _ in range(2))
-        angle = torch.arange(args.context)[:, None] * 10000 ** (-torch.arange(D // 2) / (D // 2))     # (T, D/2)
+        angle = torch.arange(2 * args.context)[:, None] * 10000 ** (-torch.arange(D // 2) / (D // 2))     # (T, D/2)
         turn = torch.stack([angle.cos(), angle.sin()]) if args.pos == "rope" else None
         self.register_buffer("turn", turn, persistent=False)
         self.register_buffer("slopes", alibi_slopes(args.heads) if args.pos == "alibi" else None, persistent=False)
@@ -136,11 +136,11 @@ class GPT(nn.Module):
 # -------- Evaluation
 
 @torch.no_grad()
-def evaluate(model, windows):
-    """Of windows (N, T + 1): the mean loss in nats, and the root mean square of the attention output, before its
-    projection, in the layer where it is largest, over the last batch. Draws no random numbers."""
+def evaluate(model, windows, first=0):
+    """Of windows (N, T + 1): the mean loss in nats from position `first` on, and the root mean square of the attention
+    output, before its projection, in its largest layer, over the last batch. Draws no random numbers."""
     model.eval()
-    losses = [model(some).mean(1).double() for some in windows.split(1 + 2 ** 15 // windows.shape[1])]
+    losses = [model(some)[:, first:].mean(1).double() for some in windows.split(1 + 2 ** 15 // windows.shape[1])]
     model.train()
     return torch.cat(losses).mean().item(), max(block.attn.rms.item() for block in model.blocks)
 
@@ -148,7 +148,7 @@ def evaluate(model, windows):
 @torch.no_grad()
 def sample(args, length=500, temperature=0.8):
     """The prompt and `length` bytes by the model in out_dir, each drawn from what it makes of the context before."""
-    state = load_checkpoint(Path(args.out_dir) / "checkpoint.pt", args)
+    state = load(Path(args.out_dir) / "checkpoint.pt", args)
     model = GPT(argparse.Namespace(**state["args"] | dict(bf16=args.bf16))).to(args.device).eval()
     model.load_state_dict(state["model"])
     torch.manual_seed(args.seed)
@@ -163,19 +163,18 @@ def sample(args, length=500, temperature=0.8):
 
 def save_checkpoint(path, state):
     """Write another file, then rename it: a kill in between leaves the old checkpoint whole."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
-def load_checkpoint(path, args):
-    """What save_checkpoint wrote; with --resume only if its run had the model and data of args."""
+def load(path, args):
+    """A checkpoint or the metrics of a run; with --resume only if it had the model and data of args."""
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume and --sample")
-    state = torch.load(path, map_location=args.device, weights_only=True)
-    names = (MODEL + TRAINING * args.compare) * args.resume
-    differing = [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in names
-                 if state["args"][name] != getattr(args, name)]
+    state = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, args.device, weights_only=True)
+    there = state.get("args", state)
+    differing = [f"{name} {there[name]} there, {getattr(args, name)} here"
+                 for name in (MODEL + TRAINING * args.compare) * args.resume if there[name] != getattr(args, name)]
     if differing:
         fail(f"--resume: {path} is another run: {'; '.join(differing)}")
     return state
@@ -183,7 +182,9 @@ def load_checkpoint(path, args):
 
 def train(args, tokens, out_dir):
     """Train on nine tenths of tokens (N,) uint8, validate on the rest; returns the metrics. Ctrl-C saves and exits."""
-    began = time.time()
+    began, done = time.time(), out_dir / "metrics.json"
+    if args.resume and done.exists() and (metrics := load(done, args))["steps"] >= args.steps:
+        return metrics
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     train_tokens, val_tokens = tokens.to(args.device).tensor_split([len(tokens) * 9 // 10])
     windows = train_tokens.unfold(0, args.context + 1, 1)                                   # (N - T, T + 1), a view
@@ -199,24 +200,22 @@ def train(args, tokens, out_dir):
     groups = [dict(params=[p for p in gpt.parameters() if p.dim() > 1], weight_decay=args.weight_decay),
               dict(params=[p for p in gpt.parameters() if p.dim() == 1], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device != "mps")
-    first = 0
-    if args.resume:
-        state = load_checkpoint(out_dir / "checkpoint.pt", args)
+    state = load(out_dir / "checkpoint.pt", args) if args.resume else dict(step=0)
+    first = state["step"]
+    if first > 0:
         gpt.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        if first >= args.steps:  # it is done
-            return json.loads((out_dir / "metrics.json").read_text())
     out_dir.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)
     log = open(out_dir / "log.jsonl" if rank == 0 else os.devnull, "a" if args.resume else "w", buffering=1)
-    log.write(json.dumps(dict(config=vars(args), torch=torch.__version__)) + "\n")
+    print(json.dumps(dict(config=vars(args), torch=torch.__version__)), file=log)
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130) if stop else stop.append(True))
-    seconds, counted, tick = 0.0, 0, None  # tokens/s leaves out evaluation and the first steps, which compile
+    speeds, tick = [], None  # steps/s, mostly of ten steps each, without the evaluations
     bar = tqdm(range(first, args.steps), out_dir.name, initial=first, total=args.steps, disable=rank > 0, mininterval=1)
     for step in bar:
         if rank == 0 and step < 200 and step % 10 == 0:
-            log.write(json.dumps(dict(step=step, attention_rms=evaluate(gpt, val_windows[:8])[1])) + "\n")
+            print(json.dumps(dict(step=step, attention_rms=evaluate(gpt, val_windows[:8])[1])), file=log)
         tick = tick or (time.time(), step)
         progress = max(0, step - args.warmup) / max(1, args.steps - args.warmup)  # warm-up, then a cosine to a tenth
         lr = args.lr * min((step + 1) / max(1, args.warmup), 0.55 + 0.45 * math.cos(math.pi * progress))
@@ -237,14 +236,12 @@ def train(args, tokens, out_dir):
             if not math.isfinite(train_loss):
                 bar.close()
                 fail(f"loss {train_loss} at step {step}, learning rate {lr:.2e}", status=1)
-            if tick[1] > first:
-                seconds, counted = seconds + time.time() - tick[0], counted + step + 1 - tick[1]
+            speeds.append((step + 1 - tick[1]) / (time.time() - tick[0]))
             tick = None
             bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
         if rank == 0 and evaluating:
-            val_loss, rms = evaluate(gpt, val_windows)
-            record = dict(step=step + 1, train_loss=train_loss, val_loss=val_loss, attention_rms=rms)
-            log.write(json.dumps(record) + "\n")
+            val_loss, _ = evaluate(gpt, val_windows)
+            print(json.dumps(dict(step=step + 1, train_loss=train_loss, val_loss=val_loss)), file=log)
             bar.write(f"step {step + 1}/{args.steps}  train {train_loss:.4f}  val {val_loss:.4f}")
             state = dict(args=vars(args), model=gpt.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
             save_checkpoint(out_dir / "checkpoint.pt", state)
@@ -259,10 +256,13 @@ def train(args, tokens, out_dir):
     losses, norms = history(out_dir)
     metrics = vars(args) | dict(
         val_loss=val_loss, best_val_loss=min(losses.values()), train_loss=train_loss, attention_rms_init=norms[0],
-        attention_rms_early=max(rms for step, rms in norms.items() if step < 200),
-        tokens_per_s=counted * args.batch * args.context / max(seconds, 1e-9), seconds=time.time() - began,
+        attention_rms_early=max(norms.values()),
+        tokens_per_s=torch.tensor(speeds).median().item() * args.batch * args.context, seconds=time.time() - began,
         peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30, device=args.machine, torch=torch.__version__)
-    (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    for key, n in (("repeat_loss", args.context // 2), ("repeat_loss_beyond", args.context)):  # text that came before
+        if 2 * n <= args.context or args.pos != "learned":
+            metrics[key] = evaluate(gpt, val_windows[:64, :n].repeat(1, 2), first=n)[0]
+    done.write_text(json.dumps(metrics, indent=1))
     return metrics
 
 
@@ -280,10 +280,10 @@ def compare(args, tokens, out_dir):
         for seed in range(args.seed, args.seed + args.seeds):
             folders[name] = folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
             arm = argparse.Namespace(**vars(args) | dict(attn=name.split(",")[0], attn_bias=bias, seed=seed))
-            arm.resume = args.resume and (folder / "checkpoint.pt").exists()
+            arm.resume = args.resume and any((folder / file).exists() for file in ("checkpoint.pt", "metrics.json"))
             runs.append(train(arm, tokens, folder))
         row = {key: runs[0][key] for key in [*MODEL, *TRAINING, "device", "torch"]} | dict(name=name, seeds=len(runs))
-        for key in METRICS:
+        for key in [key for key in METRICS if key in runs[0]]:
             values = torch.tensor([run[key] for run in runs], dtype=torch.float64)
             row[key], row[f"{key}_std"] = values.mean().item(), values.std(correction=min(1, len(runs) - 1)).item()
         rows.append(row)
@@ -293,11 +293,12 @@ def compare(args, tokens, out_dir):
 def table(rows):
     """The rows of comparisons, or the metrics of single runs, in Markdown. Flags that differ get a column."""
     flags = [key for key in MODEL[2:] + TRAINING if len({str(row[key]) for row in rows}) > 1]
-    lines = [[*flags, "attention", "validation loss", "RMS at the start", "largest in 200 steps", "tokens/s", "GiB"]]
+    columns = {key: digits for key, digits in METRICS.items() if all(key in row for row in rows)}
+    lines = [[*flags, "attention", *columns]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         numbers = [f"{row[key]:,.{n}f}" + (f" ± {row[key + '_std']:,.{n}f}" if row.get("seeds", 1) > 1 else "")
-                   for key, n in zip(METRICS, (3, 2, 2, 0, 1))]
+                   for key, n in columns.items()]
         lines.append([*(str(row[key]) for key in flags), row.get("name", row["attn"]), *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -311,7 +312,7 @@ def plot(path, folders):
         for axis, curve in zip(axes, history(folder)):
             axis.plot(*zip(*sorted(curve.items())), label=name, marker=".")
     axes[0].set(xlabel="step", ylabel="validation loss, nats per byte")
-    axes[1].set(xlabel="step, early", ylabel="RMS of the attention output", yscale="log", xlim=(-5, 205))
+    axes[1].set(xlabel="step, early", ylabel="RMS of the attention output", yscale="log")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -408,8 +409,7 @@ def main(argv=None):
         print(f"\n{table(rows)}\n\nmean ± std, seeds: {args.seeds}")
     else:
         result, folders = train(args, tokens, out_dir), {args.attn: out_dir}
-        print(sample(args) + "\n")
-        print("\n".join(f"{key:26}{result[key]:,.4f}" for key in METRICS))
+        print(sample(args), "", *(f"{key:26}{result[key]:,.4f}" for key in METRICS if key in result), sep="\n")
     if args.plot:
         plot(args.plot, folders)
     return result
