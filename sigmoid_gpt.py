@@ -364,7 +364,7 @@ def parse(argv):
     if args.device == "cpu":  # once more, now that it is known what suits the run: three arms in the time of one
         parser.set_defaults(**DEFAULTS["cpu"] | (dict(steps=DEFAULTS["cpu"]["steps"] // 3) if args.compare else {}))
         args = parser.parse_args(argv)
-    args.attn_bias = -math.log(args.context) if args.attn_bias is None else args.attn_bias
+    args.attn_bias = -math.log(max(1, args.context)) if args.attn_bias is None else args.attn_bias
     lowest = dict(layers=1, channels=1, heads=1, context=2, steps=1, batch=1, eval_interval=1, seeds=1, seed=0, lr=0,
                   warmup=0, weight_decay=0, dropout=0, attn_bias=-1e3)
     D, world = args.channels / max(1, args.heads), int(os.environ.get("WORLD_SIZE", 1))

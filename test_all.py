@@ -372,7 +372,7 @@ class SigmoidGPT(unittest.TestCase):
         for name, content in (("empty.txt", b""), ("binary.bin", b"a\0b" * 99), ("short.txt", b"too short")):
             (self.out / name).write_bytes(content)
         for flags, words in (
-                ("--steps 0", "--steps 0; allowed: 1"), ("--dropout nan", "--dropout nan; allowed: 0"),
+                ("--context 0", "--context 0; allowed: 2"), ("--dropout nan", "--dropout nan; allowed: 0"),
                 ("--attn x", "--attn.*'x'"), ("--heads 3", "--heads 3.*allowed"), ("--nonsense", "--nonsense"),
                 ("--device tpu", "--device.*'tpu'"), ("--resume", "checkpoint.pt"), ("--sample", "checkpoint.pt"),
                 ("--plot nowhere/x.png", "--plot nowhere/x.png"), ("--data nowhere", "nowhere: no such file"),
