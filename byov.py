@@ -94,8 +94,8 @@ def make_bayesian(net):
 
 def relative_sigmas(net):
     """For each Bayesian layer, sigma (root mean square) by the standard deviation of the weights."""
-    return [(F.softplus(layer.rho).square().mean().sqrt() / layer.weight.std()).item()
-            for layer in bayesian_layers(net)]
+    layers = bayesian_layers(net)
+    return [(F.softplus(layer.rho).square().mean().sqrt() / layer.weight.std()).item() for layer in layers]
 
 
 def kl_divergence(net, prior_std):
@@ -258,12 +258,13 @@ def evaluate(net, data, args, autocast):
     if not args.supervised:
         heads = {f"{n}_labels_" if i else "": fit_probe(train_h[:, :n or None], train_y[:n or None])
                  for i, n in enumerate(args.probe_labels)}
+    val = {prefix: torch.stack([head(one).softmax(-1) for one in val_h]).mean(0) for prefix, head in heads.items()}
     for name, i in [("", 0), *product(args.corruptions, range(1, 6))]:
         h = features(net, corrupt(test_x, name, i) if i else test_x, autocast, seeds)
         for prefix, head in heads.items():
-            draws, val = (torch.stack([head(one).softmax(-1) for one in some]) for some in (h, val_h))  # (S, N, K)
+            draws = torch.stack([head(one).softmax(-1) for one in h])                           # (S, N, K)
             condition, mean = f"{prefix}{name}_{i}_" if i else prefix, draws.mean(0)
-            predictions |= {(condition, ""): mean, (condition, "_scaled"): temperature_scale(mean, val.mean(0), val_y)}
+            predictions |= {(condition, ""): mean, (condition, "_scaled"): temperature_scale(mean, val[prefix], val_y)}
             if i == 0:
                 predictions |= {(condition, f"_{s}_draws"): draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
                 predictions[condition, "_mean_weights"] = head(queries).softmax(-1)
@@ -283,9 +284,8 @@ def measure_all(predictions, labels):
 
 def save_checkpoint(path, state):
     """Write another file, then rename it: a kill in between leaves the old checkpoint whole."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
 def train(args, data, device, autocast, out_dir):

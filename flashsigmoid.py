@@ -21,6 +21,7 @@ import json
 import math
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,8 @@ try:
     COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
     KERNEL_DEVICES = ("cuda",) if COMPILED else ("cuda", "cpu")  # cpu with TRITON_INTERPRET=1
 except ImportError:  # no Triton for this platform: everything runs on the PyTorch reference
-    class triton: jit = staticmethod(lambda kernel: kernel)
-    class tl: constexpr = int
+    triton = SimpleNamespace(jit=lambda kernel: kernel)
+    tl = SimpleNamespace(constexpr=int)
     KERNEL_DEVICES = ()
 try:
     from triton.experimental import gluon
@@ -261,7 +262,8 @@ def attend(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr, HIDE:
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    row, slope = m + group * BM, slope if ALIBI else None
+    row = m + group * BM
+    slope = slope if ALIBI else None
     i = (row + offset + gl.arange(0, BM, gl.SliceLayout(1, SCORES)))[:, None]
     j = gl.arange(0, BN, gl.SliceLayout(0, SCORES))[None, :]
     o, zeros = gl.zeros([BM, D], gl.float32, OUT), gl.zeros([BM, BN], gl.float32, SCORES)
@@ -333,7 +335,6 @@ TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline
     "dkdv": {64: (64, 64, 4, 2), 128: (64, 128, 8, 3), 256: (32, 64, 4, 1)},
 }
 
-
 device_properties = functools.cache(torch.cuda.get_device_properties)  # a small call waits for the CPU
 
 
@@ -351,22 +352,16 @@ def tile_shape(name, x):
     return BM, BN, dict(num_warps=warps, num_stages=stages)
 
 
-def on_hopper(x):
-    """Whether the Hopper kernel takes tensors like x."""
-    return (bool(LAYOUTS) and x.is_cuda and x.dtype != torch.float32 and power_of_two(x.shape[3]) == 128
-            and device_properties(x.device).major == 9)
-
-
 def tiled(x, rows, hopper=False):
     """Descriptor of x (B, H, T, D) in tiles of `rows` rows and a power of two of columns. The hardware addresses units
     of 16 bytes: a base or a stride that is no multiple of that costs one copy of x (never of what empty_like made)."""
     strides = [stride if size > 1 else 16 for size, stride in zip(x.shape, x.stride())]  # any will do for one row
     if x.data_ptr() % 16 or strides[3] != 1 or any(s * x.element_size() % 16 for s in strides[:3]):
         return tiled(x.clone(memory_format=torch.contiguous_format), rows, hopper)
-    shape, block = list(x.shape), [1, 1, rows, power_of_two(x.shape[3])]
+    block = [1, 1, rows, power_of_two(x.shape[3])]
     if hopper:
-        return HopperDescriptor(x, shape, strides, block, LAYOUTS[rows])
-    return TensorDescriptor(x, shape, strides, block)
+        return HopperDescriptor(x, list(x.shape), strides, block, LAYOUTS[rows])
+    return TensorDescriptor(x, list(x.shape), strides, block)
 
 
 INPUTS = ("Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? k_lens, "
@@ -378,9 +373,11 @@ torch.library.define("flashsigmoid::backward", f"(Tensor do, {INPUTS}) -> Tensor
 @torch.library.impl("flashsigmoid::forward", "default")
 def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
-    o, rest = torch.empty_like(q), (bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal)
+    o = torch.empty_like(q)
+    rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
     with torch.cuda.device_of(q):
-        if on_hopper(q):
+        if (LAYOUTS and q.is_cuda and q.dtype != torch.float32 and power_of_two(D) == 128
+                and device_properties(q.device).major == 9):
             inputs = (tiled(x, rows, hopper=True) for x, rows in ((q, 64), (k, 128), (v, 128), (o, 64)))
             hopper_kernel[(B * H * math.ceil(Tq / 128),)](*inputs, *rest, num_warps=4)
             return o
@@ -463,7 +460,8 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     for name, x in (("k", k), ("v", v)):
         require(x.shape == (B, Hk, Tk, D) and H % Hk == 0 and x.dtype == q.dtype and x.device == q.device, name, x,
                 "({}, a divisor of {}, Tk, {}) in {} on {}, k and v alike", B, H, D, q.dtype, q.device)
-    scale, bias = D ** -0.5 if scale is None else scale, -math.log(Tk) if bias is None else bias
+    scale = D ** -0.5 if scale is None else scale
+    bias = -math.log(Tk) if bias is None else bias
     learned = bias if isinstance(bias, Tensor) else None
     for name, x, size, kind in (("bias", learned, H, "float"), ("alibi_slopes", alibi_slopes, H, "float"),
                                 ("k_lens", k_lens, B, "int")):
@@ -490,18 +488,19 @@ def check(device):
     The last is for weights of about 1/65,536, where a sigmoid by tanh.approx is off by 32 %."""
     errors = {}
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
-        inputs, found = torch.randn(4, 2, 4, 300, 128, device=device).to(dtype), []
+        found = []
+        inputs = torch.randn(4, 2, 4, 300, 128, device=device).to(dtype)
         far = [torch.randn(1, 2, T, 64, device=device).to(dtype) for T in (64, 65536, 65536)]
         for attention, precision in ((sigmoid_attention, dtype), (sigmoid_attention_reference, torch.float64)):
             *leaves, do = (x.requires_grad_() for x in inputs.to(precision).unbind())
             out = attention(*leaves, is_causal=True)
             found.append((out, *torch.autograd.grad(out, leaves, do), attention(*(x.to(precision) for x in far))))
         names = "out", "dq", "dk", "dv", "out of 65,536 keys"
-        here = {name: ((x - exact).norm() / exact.norm()).item() for name, x, exact in zip(names, *found)}
+        results = zip(names, *found)
+        errors[str(dtype)] = here = {name: ((x - exact).norm() / exact.norm()).item() for name, x, exact in results}
         print(f"{dtype}, against float64:", *(f"{name} {error:.1e}" for name, error in here.items()))
         if not max(here.values()) < tolerance:
             raise SystemExit(f"ERROR: an error above {tolerance}")
-        errors[str(dtype)] = here
     return errors
 
 
@@ -527,7 +526,8 @@ def benchmark():
         peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
         return flops / triton.testing.do_bench(f, warmup=25, rep=100, return_mode="median") / 1e9, peak
 
-    rows, sdpa = [], F.scaled_dot_product_attention
+    rows = []
+    sdpa = F.scaled_dot_product_attention
     peers = {"ours": (sigmoid_attention, SDPBackend.MATH), "FlashAttention-2": (sdpa, SDPBackend.FLASH_ATTENTION),
              "cuDNN": (sdpa, SDPBackend.CUDNN_ATTENTION)}
     if importlib.util.find_spec("flash_attn_interface"):
@@ -544,7 +544,7 @@ def benchmark():
                 forward[name] = measure(lambda: attention(q, k, v, is_causal=causal), flops)
                 out = attention(q, k, v, is_causal=causal)
                 if out.requires_grad:
-                    grad = functools.partial(torch.autograd.grad, out, (q, k, v), do, retain_graph=True)
+                    grad = lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
                     backward[name] = measure(grad, 2.5 * flops)
         rows += [forward, backward]
     return rows
