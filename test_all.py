@@ -302,17 +302,18 @@ class SigmoidGPT(unittest.TestCase):
 
     def test_interrupt_and_kill(self):
         """Ctrl-C ends the step, saves and exits with 130; a write that is cut short leaves the old checkpoint."""
-        def interrupt(*flags, wait):
+        def interrupt(*flags):
             command = [sys.executable, "-u", "sigmoid_gpt.py", *TINY, "--out_dir", str(self.out), *flags]
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             printed = process.stdout.readline()
-            time.sleep(wait)
+            while flags and process.poll() is None and not any("rms" in x.read_text() for x in self.out.glob("log.*")):
+                time.sleep(0.1)  # until it trains
             process.send_signal(signal.SIGINT)
             printed += process.communicate(timeout=120)[0]
             self.assertEqual((process.returncode, "Traceback" in printed), (130, False), printed)
             return printed
-        self.assertIn("interrupted", interrupt(wait=0))  # before the first step
-        self.assertIn("is saved, --resume goes on", interrupt("--steps", "100000", wait=3))
+        self.assertIn("interrupted", interrupt())  # before the first step
+        self.assertIn("is saved, --resume goes on", interrupt("--steps", "100000"))
         step = self.state()["step"]
         with mock.patch("torch.save", lambda state, path: path.write_bytes(b"half") and sys.exit(9)):
             self.assertEqual(self.train("--resume", "--steps", step + 1)[0], 9)
