@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashsigmoid import entry, key_range, narrow, place, tiled, tl, weights
+from flashsigmoid import entry, key_range, launch, narrow, place, tiled, tl, weights
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.7
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -120,14 +120,11 @@ def hopper_kernel(Q, K, V, O, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: gl.
                        [4, 1], [240, 24])
 
 
-LAYOUT = gl.NVMMASharedLayout.get_default_for([1, 1, 64, 128], gl.float16)  # for 128 rows, too
+def descriptor(base, **fields):
+    return TensorDescriptor(base, layout=gl.NVMMASharedLayout(128, 8 * base.element_size(), rank=4), **fields)
 
 
-def descriptor(x, shape, strides, block):
-    return TensorDescriptor(x, shape, strides, block, LAYOUT)
-
-
-def forward(q, k, v, o, *rest):
+def forward(q, k, v, o, rest):
     B, H, Tq, D = q.shape
-    tensors = [tiled(x, rows, descriptor) for x, rows in ((q, 64), (k, 128), (v, 128), (o, 64))]
-    hopper_kernel[(B * H * math.ceil(Tq / 128),)](*tensors, *rest, num_warps=4)
+    tensors = [tiled(x, rows) for x, rows in ((q, 64), (k, 128), (v, 128), (o, 64))]
+    launch(hopper_kernel, B * H * math.ceil(Tq / 128), tensors, rest, descriptor, num_warps=4)
