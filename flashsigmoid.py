@@ -15,6 +15,7 @@ Two kernels do everything on any GPU; for heads of 128 channels on Hopper, flash
 `python flashsigmoid.py` compares with float64 and, on CUDA, with the time of PyTorch's attention.
 """
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -150,7 +151,7 @@ def narrow(p, dtype: tl.constexpr):
 
 
 @triton.jit
-def query_kernel(Q, K, V, DO, O, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: tl.constexpr, CAUSAL: tl.constexpr):
+def query_kernel(Q, K, V, O, DO, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: tl.constexpr, CAUSAL: tl.constexpr):
     """O = P V for BM queries; given DO, O is dQ = scale * dS K, and DB the sum of dS over these rows, for db."""
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
@@ -223,67 +224,61 @@ TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline
     "dkdv": {64: (64, 64, 4, 2), 128: (64, 128, 8, 3), 256: (32, 64, 4, 1)},
 }
 
-device_properties = functools.cache(torch.cuda.get_device_properties)  # a small call waits for the CPU
-
-
-@functools.cache
-def hopper_tier(device, dtype, D):
-    """The module of faster kernels that serve this, or None."""
-    if device.type != "cuda" or device_properties(device).major != 9 or dtype == torch.float32 or power_of_two(D) != 128:
-        return None
-    try:
-        import flashsigmoid_hopper
-    except ImportError:  # this file alone, or a Triton without Gluon
-        return None
-    return flashsigmoid_hopper
-
 
 def power_of_two(D):
     return 1 << (D - 1).bit_length()
 
 
-def tile_shape(name, x):
-    """(queries, keys, launch options) of the pass for tensors like x."""
-    BM, BN, warps, stages = TILES[name][max(64, power_of_two(x.shape[3]))]
-    if x.dtype == torch.float32:  # no tensor cores: large tiles only spill
+@functools.cache  # like all that a call would ask again: a small call waits for the CPU
+def tile_shape(name, device, dtype, D):
+    """(queries, keys, launch options) of the pass."""
+    BM, BN, warps, stages = TILES[name][max(64, power_of_two(D))]
+    if dtype == torch.float32:  # no tensor cores: large tiles only spill
         BM, BN, warps, stages = 32, 16, 4, 1
-    if x.is_cuda and device_properties(x.device).shared_memory_per_block_optin < 160 * 1024:
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 * 1024:
         stages = 1  # consumer GPUs: no room for more
     return BM, BN, dict(num_warps=warps, num_stages=stages)
 
 
+@functools.cache
+def hopper_tier(device, dtype, D):
+    """The module of faster kernels, where they serve such tensors, or None."""
+    if device.type == "cuda" and dtype != torch.float32 and power_of_two(D) == 128:
+        with contextlib.suppress(ImportError):  # this file may be alone, or Triton without Gluon
+            import flashsigmoid_hopper
+            return flashsigmoid_hopper if torch.cuda.get_device_capability(device)[0] == 9 else None
+
+
 @functools.lru_cache(4096)
-def geometry(shape, strides, itemsize, rows):
-    """What a descriptor says of such a tensor in tiles of `rows` rows and a power of two of columns; None where the
-    hardware, which addresses units of 16 bytes, cannot step like this."""
+def geometry(shape, strides, itemsize, rows, columns=None):
+    """The descriptor of such a tensor (B, H, T, D) in tiles of `rows` rows and a power of two of columns, but its base;
+    None where the hardware, which addresses units of 16 bytes, cannot step like this."""
     strides = [stride if size > 1 else 16 for size, stride in zip(shape, strides)]  # any will do for one row
-    if strides[3] != 1 or any(stride * itemsize % 16 for stride in strides[:3]):
-        return None
-    return dict(shape=list(shape), strides=strides, block_shape=[1, 1, rows, power_of_two(shape[3])], padding="zero")
-
-
-def tiled(x, rows):
-    """The fields of a descriptor of x (B, H, T, D), or of a copy of x (never needed of what empty_like made)."""
-    found = geometry(x.shape, x.stride(), x.element_size(), rows)
-    if found is None or x.data_ptr() % 16:
-        return tiled(x.clone(memory_format=torch.contiguous_format), rows)
-    return SimpleNamespace(base=x, **found)
+    if strides[3] == 1 and not any(stride * itemsize % 16 for stride in strides[:3]):
+        block = [1, 1, rows, columns or power_of_two(shape[3])]
+        return dict(shape=list(shape), strides=strides, block_shape=block, padding="zero")
 
 
 compiled = {}
 
 
 def launch(kernel, programs, tensors, rest, descriptor=None, **options):
-    """kernel[(programs,)](*tensors, *rest): twice as fast as Triton's own call, which looks at every argument anew to
-    find what it has compiled. That depends on what is in the key."""
+    """kernel[(programs,)](*(descriptors of the tensors), *rest). A small call waits for the CPU, which this spares
+    Triton's look at every argument for what it has compiled: that depends on what is in the key."""
+    descriptors = []
+    for x, *block in tensors:
+        fields = geometry(x.shape, x.stride(), x.element_size(), *block)
+        if fields is None or x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.contiguous_format)
+            fields = geometry(x.shape, x.stride(), x.element_size(), *block)
+        descriptors.append(SimpleNamespace(base=x, **fields))
     *optional, b, scale, H, Tq, Tk, G, is_causal = rest
-    q, *others = tensors
-    key = (kernel, q.base.dtype, q.base.device, *q.block_shape, *(x is None for x in others), G, is_causal,
-           *(x is None or x.data_ptr() % 16 for x in optional), *((n == 1, n % 16) for n in (H, Tq, Tk)))
+    key = (kernel, x.dtype, x.device, fields["block_shape"][3], G, is_causal, *((n == 1, n % 16) for n in (H, Tq, Tk)),
+           *(x is None or x.data_ptr() % 16 for x in optional))
     if found := compiled.get(key):
-        found[programs, 1, 1](*tensors, *rest)
+        found[programs, 1, 1](*descriptors, *rest)
     else:
-        descriptors = (x and (descriptor or TensorDescriptor)(**vars(x)) for x in tensors)
+        descriptors = ((descriptor or TensorDescriptor)(**vars(x)) for x in descriptors)
         compiled[key] = kernel[(programs,)](*descriptors, *rest, **options)
 
 
@@ -302,26 +297,30 @@ def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
         if tier := hopper_tier(q.device, q.dtype, D):
             tier.forward(q, k, v, o, rest)
             return o
-        BM, BN, options = tile_shape("forward", q)
-        tensors = tiled(q, BM), tiled(k, BN), tiled(v, BN), None, tiled(o, BM)
-        launch(query_kernel, B * H * math.ceil(Tq / BM), tensors, (None, *rest), **options)
+        BM, BN, options = tile_shape("forward", q.device, q.dtype, D)
+        launch(query_kernel, B * H * math.ceil(Tq / BM), ((q, BM), (k, BN), (v, BN), (o, BM)),
+               (None, None, *rest), **options)
     return o
 
 
 @torch.library.impl("flashsigmoid::backward", "default")
 def launch_backward(do, q, k, v, bias, slopes, k_lens, b, scale, is_causal):
-    """[dQ, dK, dV] and, where bias is a tensor, db. Two kernels without atomics give the same bits every time."""
+    """[dQ, dK, dV] and, where bias is a tensor, db. The two portable kernels give the same bits every time."""
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
+    tier = bias is None and not torch.are_deterministic_algorithms_enabled() and hopper_tier(q.device, q.dtype, D)
     with torch.cuda.device_of(q):
-        BM, BN, options = tile_shape("dkdv", q)
-        tensors = tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dk, BN), tiled(dv, BN)
-        launch(key_kernel, B * Hk * math.ceil(Tk / BN), tensors, rest, **options)
-        BM, BN, options = tile_shape("dq", q)
+        if tier:
+            tier.backward(do, q, k, v, dq, dk, dv, rest)
+            return [dq, dk, dv]
+        BM, BN, options = tile_shape("dkdv", q.device, q.dtype, D)
+        launch(key_kernel, B * Hk * math.ceil(Tk / BN),
+               ((q, BM), (k, BN), (v, BN), (do, BM), (dk, BN), (dv, BN)), rest, **options)
+        BM, BN, options = tile_shape("dq", q.device, q.dtype, D)
         db = None if bias is None else q.new_empty(B, H, math.ceil(Tq / BM), dtype=torch.float32)  # one a program
-        tensors = tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dq, BM)
-        launch(query_kernel, B * H * math.ceil(Tq / BM), tensors, (db, *rest), **options)
+        launch(query_kernel, B * H * math.ceil(Tq / BM),
+               ((q, BM), (k, BN), (v, BN), (dq, BM), (do, BM)), (db, *rest), **options)
     return [dq, dk, dv] if bias is None else [dq, dk, dv, db.sum((0, 2))]
 
 
