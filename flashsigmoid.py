@@ -11,7 +11,7 @@ b = -log(n) keeps the mass of a row near that of softmax: sigmoid(u - log n) = e
 Tiles that stick out of a tensor are filled with zeros. A key of zeros has weight sigmoid(b), on a value of zeros: it
 adds nothing to O and nothing to any gradient. So ragged lengths need no mask; only what the caller hides does.
 
-Two kernels do everything on any GPU; for heads of 128 channels on Hopper, flashsigmoid_hopper.py, if there, is faster.
+Two kernels do everything on any GPU; flashsigmoid_hopper.py, if there, is faster on Hopper.
 `python flashsigmoid.py` compares with float64 and, on CUDA, with the time of PyTorch's attention.
 """
 import argparse
@@ -243,7 +243,7 @@ def tile_shape(name, device, dtype, D):
 @functools.cache
 def hopper_tier(device, dtype, D):
     """The module of faster kernels, where they serve such tensors, or None."""
-    if device.type == "cuda" and dtype != torch.float32 and power_of_two(D) == 128:
+    if device.type == "cuda" and dtype != torch.float32 and 32 < D <= 128:
         with contextlib.suppress(ImportError):  # this file may be alone, or Triton without Gluon
             import flashsigmoid_hopper
             return flashsigmoid_hopper if torch.cuda.get_device_capability(device)[0] == 9 else None
@@ -271,7 +271,8 @@ def launch(kernel, programs, tensors, rest, descriptor=None, **options):
         if fields is None or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
             fields = geometry(x.shape, x.stride(), x.element_size(), *block)
-        descriptors.append(SimpleNamespace(base=x, **fields))
+        descriptors.append(object.__new__(TensorDescriptor))  # its constructor's checks are slow, too
+        vars(descriptors[-1]).update(base=x, **fields)
     *optional, b, scale, H, Tq, Tk, G, is_causal = rest
     key = (kernel, x.dtype, x.device, fields["block_shape"][3], G, is_causal, *((n == 1, n % 16) for n in (H, Tq, Tk)),
            *(x is None or x.data_ptr() % 16 for x in optional))
@@ -294,7 +295,7 @@ def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     o = torch.empty_like(q)
     rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
     with torch.cuda.device_of(q):
-        if tier := hopper_tier(q.device, q.dtype, D):
+        if D > 64 and (tier := hopper_tier(q.device, q.dtype, D)):
             tier.forward(q, k, v, o, rest)
             return o
         BM, BN, options = tile_shape("forward", q.device, q.dtype, D)

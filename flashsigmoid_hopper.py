@@ -1,6 +1,6 @@
 """
-FlashSigmoid on Hopper: the kernels of flashsigmoid.py for 16-bit heads of 65 to 128 channels, faster, in Gluon, Triton's
-lower level.
+FlashSigmoid on Hopper: the forward pass of flashsigmoid.py for 16-bit heads of 65 to 128 channels and its backward pass
+for 33 to 128, faster, in Gluon, Triton's lower level.
 
 In both, one warp loads tiles into a ring of four while two groups of four warps multiply. Forward, a group owns 64
 queries, and while the tensor cores multiply the weights of a tile by its values, it turns the scores of the next into
@@ -272,6 +272,7 @@ def forward(q, k, v, o, rest):
 def backward(do, q, k, v, dq, dk, dv, rest):
     B, Hk, Tk, D = k.shape
     sums = torch.zeros_like(q, dtype=torch.float32)
-    tensors = (q, 64), (k, 64), (v, 64), (do, 64), (sums, 64, 64), (dk, 64), (dv, 64)
+    BM, half = (64, 64) if D > 64 else (128, 32)
+    tensors = (q, BM), (k, 64), (v, 64), (do, BM), (sums, BM, half), (dk, 64), (dv, 64)
     launch(backward_kernel, B * Hk * math.ceil(Tk / 128), tensors, rest, descriptor, num_warps=4)
     dq.copy_(sums)
