@@ -223,6 +223,7 @@ TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline
     "dq": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
     "dkdv": {64: (64, 64, 4, 2), 128: (64, 128, 8, 3), 256: (32, 64, 4, 1)},
 }
+compiled = {}  # kernels, by what their code depends on
 
 
 def power_of_two(D):
@@ -259,12 +260,8 @@ def geometry(shape, strides, itemsize, rows, columns=None):
         return dict(shape=list(shape), strides=strides, block_shape=block, padding="zero")
 
 
-compiled = {}
-
-
 def launch(kernel, programs, tensors, rest, descriptor=None, **options):
-    """kernel[(programs,)](*(descriptors of the tensors), *rest). A small call waits for the CPU, which this spares
-    Triton's look at every argument for what it has compiled: that depends on what is in the key."""
+    """kernel[(programs,)](*(descriptors of the tensors), *rest), without Triton's slow look at every argument."""
     descriptors = []
     for x, *block in tensors:
         fields = geometry(x.shape, x.stride(), x.element_size(), *block)
@@ -367,9 +364,9 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     k_lens        (B,) integers: hides the keys j >= k_lens of each sequence; their tiles cost nothing
     returns       (B, H, Tq, D) in q's dtype and order of strides
 
-    Fused kernels on CUDA, `sigmoid_attention_reference` elsewhere. Deterministic; differentiable once in q, k, v, bias.
-    Autocast applies. A tensor whose D, base address or stride is no multiple of 16 bytes is copied once. Raises
-    ValueError or TypeError that name the argument."""
+    Fused kernels on CUDA, `sigmoid_attention_reference` elsewhere; differentiable once in q, k, v, bias. Gradients have
+    the same bits every time, on Hopper only if torch.use_deterministic_algorithms(True) asks for that. Autocast applies.
+    A tensor whose D, base address or stride is no multiple of 16 bytes is copied. Errors name the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16, torch.float32), name, x,
                 "a tensor of float16, bfloat16 or float32 (float64: sigmoid_attention_reference)", error=TypeError)
@@ -420,8 +417,7 @@ def check(device):
             *leaves, do = (x.requires_grad_() for x in inputs.to(precision).unbind())
             out = attention(*leaves, is_causal=True)
             found.append((out, *torch.autograd.grad(out, leaves, do), attention(*(x.to(precision) for x in far))))
-        names = "out", "dq", "dk", "dv", "out of 65,536 keys"
-        results = zip(names, *found)
+        results = zip(("out", "dq", "dk", "dv", "out of 65,536 keys"), *found)
         errors[str(dtype)] = here = {name: ((x - exact).norm() / exact.norm()).item() for name, x, exact in results}
         print(f"{dtype}, against float64:", *(f"{name} {error:.1e}" for name, error in here.items()))
         if not max(here.values()) < tolerance:
