@@ -365,8 +365,8 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     returns       (B, H, Tq, D) in q's dtype and order of strides
 
     Fused kernels on CUDA, `sigmoid_attention_reference` elsewhere; differentiable once in q, k, v, bias. Gradients have
-    the same bits every time, on Hopper only if torch.use_deterministic_algorithms(True) asks for that. Autocast applies.
-    A tensor whose D, base address or stride is no multiple of 16 bytes is copied. Errors name the argument."""
+    the same bits every time, on Hopper if torch.use_deterministic_algorithms(True) asks for that. Autocast applies. A
+    tensor whose D, base address or stride is no multiple of 16 bytes is copied. Errors name the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16, torch.float32), name, x,
                 "a tensor of float16, bfloat16 or float32 (float64: sigmoid_attention_reference)", error=TypeError)

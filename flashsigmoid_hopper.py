@@ -31,8 +31,8 @@ if tma_add is None:
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, X.handle, coord, x.handle)
 
 
-# -------- Tiles lie in shared memory as (places, 1, 1, rows, D). The barrier full says that a tile has been loaded, free
-# that its place has been left. u counts the tiles of a ring, u // places the phases of a barrier.
+# -------- Tiles lie in shared memory as (places, 1, 1, rows, D). The barrier full says that a tile has been loaded,
+# free that its place has been left. u counts the tiles of a ring, u // places the phases of a barrier.
 
 @gluon.jit
 def barriers(places: gl.constexpr, arrivals: gl.constexpr):
