@@ -147,8 +147,8 @@ def forward_kernel(Q, K, V, O, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: gl
                        [4, 1], [240, 24])
 
 
-# -------- Backward. Scores stand as (keys, queries). Each group stores its part of dS, and from both parts it forms one
-# half of dQ's columns.
+# -------- Backward. Scores stand as (keys, queries). Each group stores its part of dS, in one of two places in turn, and
+# from both parts forms half of dQ's columns: ready says that both parts are stored, spent that both halves are formed.
 
 @gluon.jit
 def load_backward(Q, K, V, DO, b, hk, n, first, end, G: gl.constexpr, kv, ring, kv_full, full, free):
@@ -195,7 +195,7 @@ def differentiate(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr
             p, z = weights(s, m + i, j, k_len, scale, bias, slope, CAUSAL, masked, True, False)
             slope_of_p = p * (p * z)
             p = gl.convert_layout(p.to(DV.dtype), LEFT)
-            wait(spent, t + 2)  # before the next wait, so that the compiler keeps the weights before it, too
+            wait(spent, t + 2)  # the place of dS; here, so that the compiler keeps the weights before the next wait
             dp = warpgroup_mma_wait(0, deps=[dp])
             ds = (slope_of_p * dp).to(DK.dtype)
             tile(ds_tiles, 2 * t + group).store(ds)
@@ -210,7 +210,7 @@ def differentiate(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr
             dk = warpgroup_mma(gl.convert_layout(ds, LEFT), q, dk, is_async=True)
             dq = warpgroup_mma_wait(1, deps=[dq])
             mbarrier.arrive(spent.index(t % 2))
-            tma.store_wait(0)
+            tma.store_wait(0)  # dQ leaves while the tensor cores form dK
             tile(dq_tiles, group).store(dq * scale)
             fence_async_shared()
             tma_add(DQ, [b, h, m, column], dq_tiles.index(group))
