@@ -147,8 +147,8 @@ def forward_kernel(Q, K, V, O, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: gl
                        [4, 1], [240, 24])
 
 
-# -------- Backward. Scores stand as (keys, queries). Each group stores its part of dS, in one of two places in turn, and
-# from both parts forms half of dQ's columns: ready says that both parts are stored, spent that both halves are formed.
+# -------- Backward. Scores stand as (keys, queries). Each group stores its part of dS, in one of two places in turn,
+# and from both parts forms half of dQ's columns: ready says that both are stored, spent that both halves are formed.
 
 @gluon.jit
 def load_backward(Q, K, V, DO, b, hk, n, first, end, G: gl.constexpr, kv, ring, kv_full, full, free):
