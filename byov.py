@@ -124,10 +124,6 @@ class Residual(nn.Module):
         return F.relu(self.main(x) + self.skip(x))
 
 
-def make_head(c_in, hidden, c_out):
-    return nn.Sequential(nn.Linear(c_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, c_out))
-
-
 class Network(nn.Module):
     """Encoder, projector and predictor; supervised, encoder and classifier."""
 
@@ -144,16 +140,9 @@ class Network(nn.Module):
         if args.supervised:
             self.classifier = nn.Linear(8 * C, 10)
         else:
-            self.projector, self.predictor = make_head(8 * C, 16 * C, 256), make_head(256, 16 * C, 256)
-
-
-def make_networks(args, device):
-    """(online, target): the target starts as a copy, has no posterior and never gets a gradient."""
-    online = Network(args).to(device, memory_format=torch.channels_last)
-    target = copy.deepcopy(online).requires_grad_(False)
-    if args.bayes:
-        make_bayesian(online)
-    return online, target
+            self.projector, self.predictor = (
+                nn.Sequential(nn.Linear(D, 16 * C), nn.BatchNorm1d(16 * C), nn.ReLU(), nn.Linear(16 * C, 256))
+                for D in (8 * C, 256))
 
 
 # -------- Loss
@@ -221,19 +210,17 @@ def fit_probe(draws, labels):
     """Features -> logits, by the linear layer of least cross-entropy + 5e-5 |W|^2 on (S, N, D) draws, standardised."""
     mean, std = draws.float().mean((0, 1)), draws.float().std((0, 1)) + 1e-6
     x, y = ((draws.float() - mean) / std).flatten(0, 1), labels.repeat(len(draws))
-    probe = nn.Linear(x.shape[1], 10, device=x.device)
-    nn.init.zeros_(probe.weight)
-    nn.init.zeros_(probe.bias)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+    W, b = (torch.zeros(10, *shape, device=x.device, requires_grad=True) for shape in ([x.shape[1]], []))
+    optimizer = torch.optim.LBFGS([W, b], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(probe(x), y) + 5e-5 * probe.weight.square().sum()
+        loss = F.cross_entropy(F.linear(x, W, b), y) + 5e-5 * W.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return lambda h: probe((h.float() - mean) / std)
+    return lambda h: F.linear((h.float() - mean) / std, W, b)
 
 
 @torch.no_grad()
@@ -277,17 +264,14 @@ def measure_all(predictions, labels):
 
 # -------- Training
 
-def save_checkpoint(path, state):
-    """Write another file, then rename it: a kill in between leaves the old checkpoint whole."""
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-
-
 def train(args, data, device, autocast, out_dir):
     """Train on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, seconds)."""
     first, seconds, path, (images, labels) = 0, 0.0, out_dir / "checkpoint.pt", data["train"]
     torch.manual_seed(args.seed)
-    online, target = make_networks(args, device)
+    online = Network(args).to(device, memory_format=torch.channels_last)
+    target = copy.deepcopy(online).requires_grad_(False)  # of the means: it has no posterior
+    if args.bayes:
+        make_bayesian(online)
     views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
     if on_gpu:  # CUDA graphs: to launch the kernels may take longer than to run them
         torch.compiler.reset()
@@ -340,11 +324,9 @@ def train(args, data, device, autocast, out_dir):
             continue
         spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
         bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
-        if not math.isfinite(loss.item()):
-            fail(f"loss {loss.item()} at step {step}, learning rate {args.lr}", 1)
-        if spread < 0.1:
-            fail(f"step {step + 1}: collapsed, the embedding's std is {spread:.3f} of a healthy one's\n"
-                 "HINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
+        if spread < 0.1 or not math.isfinite(loss.item()):
+            fail(f"step {step + 1}: {'collapsed' if spread < 0.1 else 'diverged'}, loss {loss.item()}, learning rate "
+                 f"{group['lr']:.2e}\nHINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
         if due:
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
             covariance, ratios, seconds = queries.float().T.cov(), relative_sigmas(online), time.time() - began
@@ -354,8 +336,9 @@ def train(args, data, device, autocast, out_dir):
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            save_checkpoint(path, {name: part.state_dict() for name, part in parts.items()}
-                            | dict(args=vars(args), step=step + 1, seconds=seconds))
+            state = dict(args=vars(args), step=step + 1, seconds=seconds)
+            torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)  # so that a kill leaves the old checkpoint whole
         if stop:
             fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
     signal.signal(signal.SIGINT, previous)
@@ -383,8 +366,7 @@ def compare(args, data, device, autocast, out_dir):
         pairs = zip(found["BYOV"], found[name])
         found[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
     if "BYOL" in found and args.seeds > 1:
-        members = predicted["BYOL"]
-        mean = {key: torch.stack([member[key] for member in members]).mean(0) for key in members[0]}
+        mean = {key: torch.stack([one[key] for one in predicted["BYOL"]]).mean(0) for key in predicted["BYOL"][0]}
         found[f"ensemble of {args.seeds} BYOL"] = [measure_all(mean, labels)]
     rows = []
     for name, some in found.items():
