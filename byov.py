@@ -40,9 +40,8 @@ DEFAULTS = {
     "glyphs": dict(encoder="conv", width=16, steps=300, prior_std=0.05, probe_labels=[300]),
     "cifar10": dict(encoder="resnet18", width=64, steps=25_000, prior_std=0.002, probe_labels=[0, 400]),
 }
-ARMS = {name: dict(bayes=name in ("BYOV", "supervised BBB"), supervised="supervised" in name)
-        for name in ("BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB")}
-TRAINING = "data bayes supervised encoder width steps batch lr weight_decay tau prior_std".split()
+ARMS = "BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB"
+TRAINING = "data arm encoder width steps batch lr weight_decay tau prior_std".split()
 COLUMNS = [  # of the two tables
     dict(knn_acc="kNN %", linear_acc="linear %", nll="NLL", brier="Brier %", ece="ECE %", ece_scaled="scaled ECE %"),
     {"salt_and_pepper_linear_acc": "salt & pepper: linear %", "salt_and_pepper_brier": "Brier %",
@@ -124,25 +123,22 @@ class Residual(nn.Module):
         return F.relu(self.main(x) + self.skip(x))
 
 
-class Network(nn.Module):
+def make_network(args):
     """Encoder, projector and predictor; supervised, encoder and classifier."""
-
-    def __init__(self, args):
-        super().__init__()
-        C = args.width
-        layers = [convolution(3, C, 1), nn.ReLU()]  # for small images: 3 x 3, no pooling
-        for c_in, c_out, stride in ((C, C, 1), (C, 2 * C, 2), (2 * C, 4 * C, 2), (4 * C, 8 * C, 2)):
-            layers += [Residual(c_in, c_out, stride), Residual(c_out, c_out, 1)]
-        if args.encoder == "conv":
-            channels = (3, C, 2 * C, 4 * C, 8 * C)
-            layers = [nn.Sequential(convolution(*pair, 2), nn.ReLU()) for pair in zip(channels, channels[1:])]
-        self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        if args.supervised:
-            self.classifier = nn.Linear(8 * C, 10)
-        else:
-            self.projector, self.predictor = (
-                nn.Sequential(nn.Linear(D, 16 * C), nn.BatchNorm1d(16 * C), nn.ReLU(), nn.Linear(16 * C, 256))
-                for D in (8 * C, 256))
+    C = args.width
+    layers = [convolution(3, C, 1), nn.ReLU()]  # for small images: 3 x 3, no pooling
+    for c_in, c_out, stride in ((C, C, 1), (C, 2 * C, 2), (2 * C, 4 * C, 2), (4 * C, 8 * C, 2)):
+        layers += [Residual(c_in, c_out, stride), Residual(c_out, c_out, 1)]
+    if args.encoder == "conv":
+        channels = (3, C, 2 * C, 4 * C, 8 * C)
+        layers = [nn.Sequential(convolution(*pair, 2), nn.ReLU()) for pair in zip(channels, channels[1:])]
+    net = nn.ModuleDict(dict(encoder=nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())))
+    if "supervised" in args.arm:
+        net["classifier"] = nn.Linear(8 * C, 10)
+    else:
+        for name, D in (("projector", 8 * C), ("predictor", 256)):
+            net[name] = nn.Sequential(nn.Linear(D, 16 * C), nn.BatchNorm1d(16 * C), nn.ReLU(), nn.Linear(16 * C, 256))
+    return net
 
 
 # -------- Loss
@@ -152,7 +148,7 @@ def loss_terms(online, target, views, labels, args):
     sum of both directions and the mean over images; the supervised loss is cross-entropy."""
     h = online.encoder(views)                                                               # (2B, 8 width)
     kl = kl_divergence(online, args.prior_std)
-    if args.supervised:
+    if "supervised" in args.arm:
         return F.cross_entropy(online.classifier(h).float(), labels.repeat(2)), kl, h.detach().float()
     z = online.projector(h)                                                                 # (2B, 256)
     with torch.no_grad():
@@ -232,7 +228,7 @@ def evaluate(net, data, args, autocast):
     seeds = range(args.seed, args.seed + args.samples) if bayesian_layers(net) else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
     val_h = features(net, val_x, autocast, seeds)
-    if args.supervised:
+    if "supervised" in args.arm:
         heads = {"": lambda h: net.classifier(h.float())}
     else:
         most = max(n or len(train_x) for n in args.probe_labels)
@@ -268,9 +264,9 @@ def train(args, data, device, autocast, out_dir):
     """Train on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, seconds)."""
     first, seconds, path, (images, labels) = 0, 0.0, out_dir / "checkpoint.pt", data["train"]
     torch.manual_seed(args.seed)
-    online = Network(args).to(device, memory_format=torch.channels_last)
+    online = make_network(args).to(device, memory_format=torch.channels_last)
     target = copy.deepcopy(online).requires_grad_(False)  # of the means: it has no posterior
-    if args.bayes:
+    if args.arm in ("BYOV", "supervised BBB"):
         make_bayesian(online)
     views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
     if on_gpu:  # CUDA graphs: to launch the kernels may take longer than to run them
@@ -330,7 +326,7 @@ def train(args, data, device, autocast, out_dir):
         if due:
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
             covariance, ratios, seconds = queries.float().T.cov(), relative_sigmas(online), time.time() - began
-            record = dict(step=step + 1, seconds=seconds, fit=fit.item(), kl=float(kl), spread=spread,
+            record = dict(step=step + 1, seconds=seconds, fit=fit.item(), kl=torch.as_tensor(kl).item(), spread=spread,
                           sigma_over_mu=sum(ratios) / max(1, len(ratios)),
                           effective_rank=(covariance.trace() ** 2 / covariance.square().sum()).item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
@@ -349,19 +345,18 @@ def train(args, data, device, autocast, out_dir):
 
 def compare(args, data, device, autocast, out_dir):
     """Trains and measures each arm with each seed, for equal steps. Returns rows, mean and std of the metrics of each
-    arm and of BYOV's paired differences, and what each arm predicted on test with each seed."""
-    nets, labels = {}, data["test"][1]
-    found, predicted = ({name: [] for name in args.compare} for _ in range(2))
+    arm and of BYOV's paired differences, and what each arm predicted with each seed."""
+    nets, found, predicted, labels = {}, {}, {}, data["test"][1]
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.compare):
-        arm = argparse.Namespace(**vars(args) | ARMS[name] | dict(seed=seed))
+        arm = argparse.Namespace(**vars(args) | dict(arm=name, seed=seed))
         if name == "BYOL+noise":  # of the size, relative to the weights of a layer, that BYOV learned there
             nets[name], seconds = nets["BYOL"], 0.0
             make_bayesian(nets[name], relative_sigmas(nets["BYOV"]))
         else:
             nets[name], seconds = train(arm, data, device, autocast, out_dir / f"{name}_seed_{seed}".replace(" ", "_"))
         knn, predictions = evaluate(nets[name], data, arm, autocast)
-        found[name].append(dict(seconds=seconds, knn_acc=knn, **measure_all(predictions, labels)))
-        predicted[name].append(predictions)
+        found.setdefault(name, []).append(dict(seconds=seconds, knn_acc=knn, **measure_all(predictions, labels)))
+        predicted.setdefault(name, []).append(predictions)
     for name in [name for name in ("BYOL", "BYOL+noise") if {name, "BYOV"} <= found.keys()]:
         pairs = zip(found["BYOV"], found[name])
         found[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
@@ -424,8 +419,7 @@ def fail(message, status=2):
 
 def parse(argv):
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    parser = argparse.ArgumentParser(description="BYOL + Bayes by Backprop (arXiv 2312.03213).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="BYOV", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     groups = map(parser.add_argument_group, ("data", "model", "optimisation", "evaluation", "run"))
     data, model, optimisation, evaluation, run = (group.add_argument for group in groups)
@@ -449,7 +443,7 @@ def parse(argv):
     run("--resume", action="store_true", help="go on from the checkpoints in out_dir, bit for bit")
     run("--eval_interval", type=int, default=2500, help="steps between evaluations, each with a checkpoint")
     run("--device", choices=there, default=there[0], help="of what this machine has")
-    parser.set_defaults(**DEFAULTS[parser.get_default("data")], **ARMS["BYOV"])
+    parser.set_defaults(**DEFAULTS[parser.get_default("data")], arm="BYOV")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data])
     args = parser.parse_args(argv)
     args.compare = [*ARMS] if args.compare == [] else args.compare or ["BYOV"]
@@ -484,7 +478,7 @@ def main(argv=None):
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=bf16)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}, "
-          f"{sum(p.numel() for p in Network(args).parameters()):,} parameters")
+          f"{sum(p.numel() for p in make_network(args).parameters()):,} parameters")
     rows, predicted = compare(args, data, device, autocast, out_dir)
     print(table(rows))
     result = dict(rows=rows) if len(rows) > 1 else rows[0]

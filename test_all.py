@@ -669,7 +669,7 @@ class BYOV(unittest.TestCase):
         run(byov.main, *SMALL, "--compare", "BYOL", "--steps", 1, "--out_dir", self.out)
         args = byov.parse(SMALL)
         torch.manual_seed(args.seed)
-        online, target = byov.Network(args), byov.Network(args)
+        online, target = byov.make_network(args), byov.make_network(args)
         target.load_state_dict(online.state_dict())
         torch.manual_seed(1_000_003 * args.seed)
         batch = torch.randint(300, (16,))
