@@ -38,7 +38,7 @@ from data.corruptions import CORRUPTIONS, conditions
 
 DEFAULTS = {
     "glyphs": dict(encoder="conv", width=16, steps=300, prior_std=0.05, probe_labels=[300]),
-    "cifar10": dict(encoder="resnet18", width=64, steps=25_000, prior_std=0.002, probe_labels=[0, 400]),
+    "cifar10": dict(encoder="resnet18", width=64, steps=20_000, prior_std=0.002, probe_labels=[0, 400]),
 }
 ARMS = "BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB"
 TRAINING = "data arm encoder width steps batch lr weight_decay tau prior_std".split()
@@ -52,17 +52,15 @@ T95 = 0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 9
 # -------- Bayesian layers: every weight has its own N(weight, softplus(rho)^2); biases and norms are plain.
 
 class BayesConv2d(nn.Conv2d):
-    """In training one draw of the weights a pass, shared by batch and positions; else the weights in `drawn`."""
-
     def forward(self, x):
+        """In training one draw of the weights a pass, shared by batch and positions; else the weights in `drawn`."""
         w = self.weight + F.softplus(self.rho) * torch.randn_like(self.weight) if self.training else self.drawn
         return self._conv_forward(x, w, self.bias)
 
 
 class BayesLinear(nn.Linear):
-    """In training by local reparameterisation (arXiv 1506.02557): each row of x as if it had drawn its own weights."""
-
     def forward(self, x):
+        """In training by local reparameterisation (arXiv 1506.02557): as if each row of x had drawn its own weights."""
         if not self.training:
             return F.linear(x, self.drawn, self.bias)
         mean = F.linear(x, self.weight, self.bias)
@@ -86,8 +84,7 @@ def make_bayesian(net, ratios=repeat(0.02)):
 
 def relative_sigmas(net):
     """For each Bayesian layer, sigma (root mean square) by the standard deviation of the weights."""
-    layers = bayesian_layers(net)
-    return [(F.softplus(layer.rho).square().mean().sqrt() / layer.weight.std()).item() for layer in layers]
+    return [(F.softplus(one.rho).square().mean().sqrt() / one.weight.std()).item() for one in bayesian_layers(net)]
 
 
 def kl_divergence(net, prior_std):
@@ -206,7 +203,8 @@ def fit_probe(draws, labels):
     """Features -> logits, by the linear layer of least cross-entropy + 5e-5 |W|^2 on (S, N, D) draws, standardised."""
     mean, std = draws.float().mean((0, 1)), draws.float().std((0, 1)) + 1e-6
     x, y = ((draws.float() - mean) / std).flatten(0, 1), labels.repeat(len(draws))
-    W, b = (torch.zeros(10, *shape, device=x.device, requires_grad=True) for shape in ([x.shape[1]], []))
+    W = torch.zeros(10, x.shape[1], device=x.device, requires_grad=True)
+    b = torch.zeros(10, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([W, b], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
@@ -231,9 +229,8 @@ def evaluate(net, data, args, autocast):
     if "supervised" in args.arm:
         heads = {"": lambda h: net.classifier(h.float())}
     else:
-        most = max(n or len(train_x) for n in args.probe_labels)
-        train_h = features(net, train_x[:most], autocast, seeds)
-        heads = {f"{n}_labels_" if i else "": fit_probe(train_h[:, :n or None], train_y[:n or None])
+        heads = {f"{n}_labels_" if i else "":
+                 fit_probe(features(net, train_x[:n or None], autocast, seeds), train_y[:n or None])
                  for i, n in enumerate(args.probe_labels)}
     predictions = {}
     val = {prefix: head(val_h).softmax(-1).mean(0) for prefix, head in heads.items()}
