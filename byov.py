@@ -219,9 +219,8 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """(kNN accuracy, predictions on test {(condition, variant): probs (N, K)}, of probes fitted to train or of what was
-    supervised). A condition is [COUNT_labels_][CORRUPTION_SEVERITY_], a variant "", _scaled by the temperature for val,
-    _S_draws or _mean_weights."""
+    """(kNN accuracy, predictions on test {(condition, variant): probs (N, K)}). Conditions are [COUNT_labels_]
+    [CORRUPTION_SEVERITY_], variants "", _scaled (by the temperature for val), _S_draws and _mean_weights."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if bayesian_layers(net) else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
@@ -269,20 +268,18 @@ def train(args, data, device, autocast, out_dir):
     if on_gpu:  # CUDA graphs: to launch the kernels may take longer than to run them
         torch.compiler.reset()
         views_of, terms_of = torch.compile(two_views), torch.compile(loss_terms, mode="reduce-overhead")
-    rhos = [layer.rho for layer in bayesian_layers(online)]
     means = {name: p for name, p in online.named_parameters() if not name.endswith("rho")}
     sources, averages = [*means.values()], [*target.parameters()]
     groups = [dict(params=[p for name, p in means.items() if (p.dim() > 1, "predictor" in name) == (matrix, quick)],
                    weight_decay=args.weight_decay * matrix, peak=args.lr * (10 if quick else 1))
               for matrix, quick in product((False, True), repeat=2)]
-    optimizers = [torch.optim.SGD(groups, args.lr, momentum=0.9, fused=on_gpu)]
-    if rhos:
-        optimizers.append(torch.optim.Adam([dict(params=rhos, peak=0.01)], fused=on_gpu))
+    rhos = dict(params=[layer.rho for layer in bayesian_layers(online)], peak=0.01)
+    optimizers = [torch.optim.SGD(groups, momentum=0.9, fused=on_gpu), torch.optim.Adam([rhos], fused=on_gpu)]
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        if differing := [f"{name} {saved['args'][name]} there, {getattr(args, name)} here" for name in TRAINING
-                         if saved["args"][name] != getattr(args, name)]:
+        then, now = saved["args"], vars(args)
+        if differing := [f"{key} {then[key]} there, {now[key]} here" for key in TRAINING if then[key] != now[key]]:
             fail(f"--resume: {path} is of another run: {'; '.join(differing)}")
         first, seconds = saved["step"], saved["seconds"]
         for name, part in parts.items():
@@ -373,7 +370,7 @@ def table(rows):
     """Markdown: mean ± std over seeds; of a paired difference, mean ± half of its 95 % interval (Student's t)."""
     tables = []
     for columns in COLUMNS:
-        heads = {key: head for key, head in columns.items() if any(key in row for row in rows)}
+        heads = {key: head for key, head in columns.items() if key in rows[0]}
         lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
         for row in rows:
             spread, cells = T95[row["seeds"] - 1] / row["seeds"] ** 0.5 if " - " in row["name"] else 1, [row["name"]]
