@@ -471,7 +471,7 @@ def parse_flags(argv):
     model("--hidden", type=int, default=64, help="units of the generator")
     model("--spectral_norm", action="store_true", help="of the engine's convolutions")
     optimisation = parser.add_argument_group("optimisation").add_argument
-    optimisation("--generations", type=int, default=4, help="1: no iterated learning, nothing but interaction")
+    optimisation("--generations", type=int, default=3, help="1: no iterated learning, nothing but interaction")
     optimisation("--interact_steps", type=int, default=1000, help="in which both agents learn together")
     optimisation("--transmitted", type=int, default=2000, help="programs that the old generator says to the new one")
     optimisation("--generator_steps", type=int, default=150, help="in which the new one learns them: the bottleneck")

@@ -750,7 +750,7 @@ class Repository(unittest.TestCase):
                       "sigmoid_gpt_86m_sigmoid_8k_h100.json")]
 
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 569, "sigmoid_gpt.py": 420, "byov.py": 532, "nmn_iterated.py": 560,
+        budgets = {"flashsigmoid.py": 569, "sigmoid_gpt.py": 420, "byov.py": 532, "nmn_iterated.py": 551,
                    "hier_iwae.py": 420, "test_all.py": 791}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
