@@ -48,20 +48,22 @@ SAME = "task target data proposal weights grad k steps batch lr seed".split()  #
 
 class Conditional(nn.Module):
     """L diagonal Gaussians of `outputs` dimensions given x and the context: a hidden layer, and a skip to the means.
+    They differ in what they do with x. The rest is shared: what each has of its own learns from a k-th of the samples.
     Sizes may be 0: q0 has no x, IWAE is a hierarchy whose z0 has no dimensions, without hidden units all is linear."""
 
     def __init__(self, inputs, outputs, L, args):
         super().__init__()
-        self.hidden = nn.Linear(inputs + args.context, args.hidden)
-        self.head = nn.Linear(args.hidden, 2 * L * outputs)
-        self.skip = nn.Linear(inputs + args.context, L * outputs)
-        self.shape = L, outputs
+        self.own = nn.Linear(inputs, L * (args.hidden + outputs))
+        self.shared = nn.Linear(args.context, args.hidden + outputs)
+        self.head = nn.Linear(args.hidden, 2 * outputs)
+        self.shape = L, args.hidden + outputs
 
     def forward(self, x, c):
         """x (N, J, inputs), c (N, 1, C) -> mean and standard deviation, each (N, J, L, outputs)."""
-        x = torch.cat([x, c.expand(-1, x.shape[1], -1)], -1)
-        mean, raw = self.head(F.elu(self.hidden(x))).chunk(2, -1)
-        return (mean + self.skip(x)).unflatten(-1, self.shape), F.softplus(raw).unflatten(-1, self.shape) + 1e-5
+        first = self.own(x).unflatten(-1, self.shape) + self.shared(c)[:, :, None]          # (N, J, L, hidden + outputs)
+        hidden, skip = first.split((self.head.in_features, self.head.out_features // 2), -1)
+        mean, raw = self.head(F.elu(hidden)).chunk(2, -1)
+        return mean + skip, F.softplus(raw) + 1e-5
 
 
 class Residual(nn.Module):
@@ -183,7 +185,7 @@ def evaluate(model, x, args, samples):
     draws = [torch.cat([log_weights(model, some, args)[0] for some in x.split(rows)]) for _ in range(repeats)]
     found = statistics(torch.stack(draws, 0 if model.target else 1))                        # (1, N, k) or (N, R, k)
     if args.target == "loggamma" and args.proposal != "gaussian":
-        found["slopes"] = model.q.skip.weight[:, 0].tolist()  # of the means in z0: these proposals are linear
+        found["slopes"] = model.q.own.weight[:, 0].tolist()  # of the means in z0: these proposals are linear
     return found | (dict(gap=-found["bound"]) if model.target else {})
 
 
