@@ -60,7 +60,8 @@ class Conditional(nn.Module):
 
     def forward(self, x, c):
         """x (N, J, inputs), c (N, 1, C) -> mean and standard deviation, each (N, J, L, outputs)."""
-        first = self.own(x).unflatten(-1, self.shape) + self.shared(c)[:, :, None]          # (N, J, L, hidden + outputs)
+        own = self.own(x / x.shape[-1] ** 0.5).unflatten(-1, self.shape)                    # (N, J, L, hidden + outputs)
+        first = own + self.shared(c)[:, :, None]
         hidden, skip = first.split((self.head.in_features, self.head.out_features // 2), -1)
         mean, raw = self.head(F.elu(hidden)).chunk(2, -1)
         return mean + skip, F.softplus(raw) + 1e-5
@@ -85,7 +86,7 @@ class HIWAE(nn.Module):
     def __init__(self, args):
         super().__init__()
         k, d, C = args.k[0], args.latent, args.context
-        d0 = 0 if args.proposal == "gaussian" else d
+        d0 = 0 if args.proposal == "gaussian" else min(d, 2)  # to each more, z0 is noise that q and r must unlearn
         L = k if args.proposal in ("joint", "independent") else 1
         self.q0 = Conditional(0, d0, 1, args)
         self.q = Conditional(d0, d, L, args)
