@@ -48,21 +48,20 @@ SAME = "task target data proposal weights grad k steps batch lr seed".split()  #
 
 class Conditional(nn.Module):
     """L diagonal Gaussians of `outputs` dimensions given x and the context: a hidden layer, and a skip to the means.
-    They differ in what they do with x. The rest is shared: what each has of its own learns from a k-th of the samples.
+    They share all but the first layer of x: what each has of its own learns from a k-th of the samples.
     Sizes may be 0: q0 has no x, IWAE is a hierarchy whose z0 has no dimensions, without hidden units all is linear."""
 
     def __init__(self, inputs, outputs, L, args):
         super().__init__()
-        self.own = nn.Linear(inputs, L * (args.hidden + outputs))
-        self.shared = nn.Linear(args.context, args.hidden + outputs)
+        self.sizes = args.hidden, outputs
+        self.own = nn.Linear(inputs, L * sum(self.sizes))
+        self.shared = nn.Linear(args.context, sum(self.sizes))
         self.head = nn.Linear(args.hidden, 2 * outputs)
-        self.shape = L, args.hidden + outputs
 
     def forward(self, x, c):
         """x (N, J, inputs), c (N, 1, C) -> mean and standard deviation, each (N, J, L, outputs)."""
-        own = self.own(x / x.shape[-1] ** 0.5).unflatten(-1, self.shape)                    # (N, J, L, hidden + outputs)
-        first = own + self.shared(c)[:, :, None]
-        hidden, skip = first.split((self.head.in_features, self.head.out_features // 2), -1)
+        own = self.own(x / x.shape[-1] ** 0.5).unflatten(-1, (-1, sum(self.sizes)))
+        hidden, skip = (own + self.shared(c)[:, :, None]).split(self.sizes, -1)
         mean, raw = self.head(F.elu(hidden)).chunk(2, -1)
         return mean + skip, F.softplus(raw) + 1e-5
 
@@ -86,7 +85,7 @@ class HIWAE(nn.Module):
     def __init__(self, args):
         super().__init__()
         k, d, C = args.k[0], args.latent, args.context
-        d0 = 0 if args.proposal == "gaussian" else min(d, 2)  # to each more, z0 is noise that q and r must unlearn
+        d0 = 0 if args.proposal == "gaussian" else min(d, 2)
         L = k if args.proposal in ("joint", "independent") else 1
         self.q0 = Conditional(0, d0, 1, args)
         self.q = Conditional(d0, d, L, args)
