@@ -13,7 +13,7 @@ draws a z0 for each q_j: all stays but the coupling. --grad dreg is the doubly r
     python hier_iwae.py                        a 2-D density on a CPU, binarised MNIST on a GPU
     python hier_iwae.py --compare --seeds 3    the proposals, then the estimators, at equal k and steps, in one table
 
-Differs from the authors' code in plainer networks, steps, batch and schedule; its training weights are the bound's.
+Differs from the authors' code: plainer networks, a z0 of two dimensions, steps, batch, schedule; trained on the bound.
 """
 import argparse
 import importlib.util
@@ -48,8 +48,8 @@ SAME = "task target data proposal weights grad k steps batch lr seed".split()  #
 
 class Conditional(nn.Module):
     """L diagonal Gaussians of `outputs` dimensions given x and the context: a hidden layer, and a skip to the means.
-    They share all but the first layer of x: what each has of its own learns from a k-th of the samples.
-    Sizes may be 0: q0 has no x, IWAE is a hierarchy whose z0 has no dimensions, without hidden units all is linear."""
+    All share all but the first layer of x: what each has of its own learns from a k-th of the samples. Sizes may be 0:
+    q0 has no x, IWAE is a hierarchy whose z0 has no dimensions, without hidden units all is linear."""
 
     def __init__(self, inputs, outputs, L, args):
         super().__init__()
@@ -85,7 +85,7 @@ class HIWAE(nn.Module):
     def __init__(self, args):
         super().__init__()
         k, d, C = args.k[0], args.latent, args.context
-        d0 = 0 if args.proposal == "gaussian" else min(d, 2)
+        d0 = 0 if args.proposal == "gaussian" else min(d, 2)  # few: until q makes use of z0, it is noise to z and to r
         L = k if args.proposal in ("joint", "independent") else 1
         self.q0 = Conditional(0, d0, 1, args)
         self.q = Conditional(d0, d, L, args)
@@ -166,9 +166,8 @@ def statistics(log_w):
     log_p_hat = log_w.logsumexp(2) - math.log(k)                                            # (N, R)
     w, v = (log_w - log_p[:, None, None]).exp() / k, log_w.softmax(2)
     w = w - w.mean(1, keepdim=True)
-    covariance = w.mT @ w / (R - 1)                                                         # (N, k, k)
     std = w.std(1).clamp(min=1e-30)                                                         # (N, k)
-    between = covariance * (1 - torch.eye(k))
+    between = w.mT @ w / (R - 1) * (1 - torch.eye(k))                                       # (N, k, k), covariances
     correlation = (between / (std[:, :, None] * std[:, None])).sum((1, 2)) / max(1, k * k - k)
     found = dict(bound=log_p_hat, nll=-log_p, var_log_p_hat=log_p_hat.var(1), variance_part=std.square().sum(1),
                  covariance_part=between.sum((1, 2)), correlation=correlation,
@@ -220,8 +219,7 @@ def train(args, data, device, out_dir):
 
     def update():
         x = images[torch.randint(len(images), (args.batch,), device=device)]
-        if args.task == "images":  # binarised anew at every use
-            x = (torch.rand(x.shape, device=device) < x / 255).float()
+        x = (torch.rand(x.shape, device=device) < x / 255).float()  # binarised anew at every use
         log_w, _, loss = log_weights(model, x, args)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
