@@ -48,8 +48,8 @@ SAME = "task target data proposal weights grad k steps batch lr seed".split()  #
 
 class Conditional(nn.Module):
     """L diagonal Gaussians of `outputs` dimensions given x and the context: a hidden layer, and a skip to the means.
-    All share all but the first layer of x: what each has of its own learns from a k-th of the samples. Sizes may be 0:
-    q0 has no x, IWAE is a hierarchy whose z0 has no dimensions, without hidden units all is linear."""
+    Each has a first layer of x and a width of its own; they share the rest, as what is its own learns from a k-th of
+    the samples. Sizes may be 0: q0 has no x, IWAE's z0 no dimensions, and without hidden units all is linear."""
 
     def __init__(self, inputs, outputs, L, args):
         super().__init__()
@@ -57,13 +57,14 @@ class Conditional(nn.Module):
         self.own = nn.Linear(inputs, L * sum(self.sizes))
         self.shared = nn.Linear(args.context, sum(self.sizes))
         self.head = nn.Linear(args.hidden, 2 * outputs)
+        self.width = nn.Parameter(torch.zeros(L, outputs))
 
     def forward(self, x, c):
         """x (N, J, inputs), c (N, 1, C) -> mean and standard deviation, each (N, J, L, outputs)."""
         own = self.own(x / x.shape[-1] ** 0.5).unflatten(-1, (-1, sum(self.sizes)))
         hidden, skip = (own + self.shared(c)[:, :, None]).split(self.sizes, -1)
         mean, raw = self.head(F.elu(hidden)).chunk(2, -1)
-        return mean + skip, F.softplus(raw) + 1e-5
+        return mean + skip, F.softplus(raw + self.width) + 1e-5
 
 
 class Residual(nn.Module):
