@@ -35,7 +35,7 @@ from data.mnist import binarised, load_digits
 
 DEFAULTS = {
     "density": dict(k=[3], latent=2, hidden=64, context=1, batch=64, steps=3000, lr=1e-2, nll_samples=600_000),
-    "loggamma": dict(k=[2], latent=1, hidden=0, context=1, batch=1024, steps=4000, lr=2e-2, nll_samples=1_000_000),
+    "loggamma": dict(k=[2], latent=1, hidden=0, context=1, batch=1024, steps=4000, lr=4e-2, nll_samples=1_000_000),
     "images": dict(k=[5], latent=32, hidden=100, context=100, batch=256, steps=4000, lr=2e-3, nll_samples=5000),
     "images on cpu": dict(batch=32, steps=400, lr=1e-3, nll_samples=200, test_images=500),
 }
