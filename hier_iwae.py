@@ -60,7 +60,7 @@ class Conditional(nn.Module):
         self.width = nn.Parameter(torch.zeros(L, outputs))
 
     def forward(self, x, c):  # (N, J, inputs), (N, 1, C) -> mean and standard deviation, each (N, J, L, outputs)
-        own = self.own(x / x.shape[-1] ** 0.5).unflatten(-1, (-1, sum(self.sizes)))
+        own = self.own(x / x.shape[-1] ** 0.5).unflatten(-1, (len(self.width), sum(self.sizes)))
         hidden, skip = (own + self.shared(c)[:, :, None]).split(self.sizes, -1)
         mean, raw = self.head(F.elu(hidden)).chunk(2, -1)
         return mean + skip, F.softplus(raw + self.width) + 1e-5

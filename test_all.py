@@ -744,7 +744,7 @@ class Repository(unittest.TestCase):
         (flashsigmoid, "flashsigmoid_h100.json"), (nmn_iterated, "nmn_iterated_compare_cpu.json"),
         (byov, "byov_compare_h100.json"), (byov, "byov_compare_cpu.json"),
         (hier_iwae, "hier_iwae_compare_loggamma_cpu.json"), (hier_iwae, "hier_iwae_compare_u2_cpu.json"),
-        (hier_iwae, "hier_iwae_compare_mnist_h100.json"), (hier_iwae, "hier_iwae_growth_mnist_h100.json"),
+        (hier_iwae, "hier_iwae_compare_mnist_h100.json"),
         (sigmoid_gpt, "sigmoid_gpt_compare_rope_cpu.json sigmoid_gpt_compare_alibi_cpu.json"),
         (sigmoid_gpt, "sigmoid_gpt_86m_softmax_1k_h100.json sigmoid_gpt_86m_sigmoid_1k_h100.json "
                       "sigmoid_gpt_86m_sigmoid_8k_h100.json")]
