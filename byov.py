@@ -24,7 +24,7 @@ import math
 import signal
 import sys
 import time
-from itertools import product
+from itertools import product, repeat
 from pathlib import Path
 
 import torch
@@ -34,39 +34,33 @@ from tqdm import tqdm
 
 from data.augment import normalise, two_views
 from data.cifar10 import load_images
-from data.corruptions import CORRUPTIONS, corrupt
+from data.corruptions import CORRUPTIONS, conditions
 
 DEFAULTS = {
-    "glyphs": dict(encoder="conv", width=16, steps=300, prior_std=0.05, probe_labels=[300],
-                   views=dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0)),
-    "cifar10": dict(encoder="resnet18", width=64, steps=25_000, prior_std=0.002, probe_labels=[0, 400],
-                    views=dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)),
+    "glyphs": dict(encoder="conv", width=16, steps=300, prior_std=0.05, probe_labels=[300]),
+    "cifar10": dict(encoder="resnet18", width=64, steps=20_000, prior_std=0.002, probe_labels=[0, 400]),
 }
-ARMS = {name: dict(bayes=name not in ("BYOL", "supervised"), supervised="supervised" in name)
-        for name in ("BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB")}
-TRAINING = "data bayes supervised encoder width steps batch lr weight_decay tau prior_std".split()
-COLUMNS = {"knn_acc": "kNN %", "linear_acc": "linear %", "nll": "NLL", "brier": "Brier %", "ece": "ECE %",
-           "ece_scaled": "scaled ECE %", "salt_and_pepper_linear_acc": "salt & pepper: linear %",
-           "salt_and_pepper_brier": "Brier %", "salt_and_pepper_ece": "ECE %",
-           "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"}
+ARMS = "BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB"
+TRAINING = "data arm encoder width steps batch lr weight_decay tau prior_std".split()
+COLUMNS = [  # of the two tables
+    dict(knn_acc="kNN %", linear_acc="linear %", nll="NLL", brier="Brier %", ece="ECE %", ece_scaled="scaled ECE %"),
+    {"salt_and_pepper_linear_acc": "salt & pepper: linear %", "salt_and_pepper_brier": "Brier %",
+     "salt_and_pepper_ece": "ECE %", "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"}]
 T95 = 0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 97.5 %, for 1 to 10 seeds
 
 
 # -------- Bayesian layers: every weight has its own N(weight, softplus(rho)^2); biases and norms are plain.
 
 class BayesConv2d(nn.Conv2d):
-    """In training one draw of the weights a pass, shared by batch and positions; else the weights in `drawn`."""
-
     def forward(self, x):
-        if not self.training:
-            return self._conv_forward(x, self.drawn, self.bias)
-        return self._conv_forward(x, self.weight + F.softplus(self.rho) * torch.randn_like(self.weight), self.bias)
+        """In training one draw of the weights a pass, shared by batch and positions; else the weights in `drawn`."""
+        w = self.weight + F.softplus(self.rho) * torch.randn_like(self.weight) if self.training else self.drawn
+        return self._conv_forward(x, w, self.bias)
 
 
 class BayesLinear(nn.Linear):
-    """In training by local reparameterisation (arXiv 1506.02557): each row of x as if it had drawn its own weights."""
-
     def forward(self, x):
+        """In training by local reparameterisation (arXiv 1506.02557): as if each row of x had drawn its own weights."""
         if not self.training:
             return F.linear(x, self.drawn, self.bias)
         mean = F.linear(x, self.weight, self.bias)
@@ -78,24 +72,19 @@ def bayesian_layers(net):
     return [layer for layer in net.modules() if hasattr(layer, "rho")]
 
 
-def set_sigma(layer, ratio):
-    """A new rho: softplus(rho), sigma, is ratio times the standard deviation of the layer's weights."""
-    sigma = ratio * layer.weight.detach().std()
-    layer.rho = nn.Parameter(torch.ones_like(layer.weight) * (sigma + torch.log(-torch.expm1(-sigma))))
-
-
-def make_bayesian(net):
-    """In place, each convolution and linear layer but BYOL's probe; sigma begins as a fiftieth of the weights."""
-    for name, layer in net.named_modules():
-        if name != "probe" and type(layer) in (nn.Conv2d, nn.Linear):
-            layer.__class__ = BayesConv2d if type(layer) is nn.Conv2d else BayesLinear
-            set_sigma(layer, 0.02)
+def make_bayesian(net, ratios=repeat(0.02)):
+    """In place, all convolutions and linear layers but a classifier; sigma = ratio * standard deviation of weights."""
+    kinds = {nn.Conv2d: BayesConv2d, nn.Linear: BayesLinear}
+    layers = [layer for name, layer in net.named_modules() if type(layer) in kinds and name != "classifier"]
+    for layer, ratio in zip(layers, ratios):
+        layer.__class__ = kinds[type(layer)]
+        sigma = ratio * layer.weight.detach().std()
+        layer.rho = nn.Parameter(torch.ones_like(layer.weight) * (sigma + torch.log(-torch.expm1(-sigma))))
 
 
 def relative_sigmas(net):
     """For each Bayesian layer, sigma (root mean square) by the standard deviation of the weights."""
-    layers = bayesian_layers(net)
-    return [(F.softplus(layer.rho).square().mean().sqrt() / layer.weight.std()).item() for layer in layers]
+    return [(F.softplus(one.rho).square().mean().sqrt() / one.weight.std()).item() for one in bayesian_layers(net)]
 
 
 def kl_divergence(net, prior_std):
@@ -116,7 +105,9 @@ def draw(net, seed=None):
 # -------- Model. B batch, C channels; an encoder maps (B, 3, 32, 32) to (B, 8 width).
 
 def convolution(c_in, c_out, stride, size=3):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=False), nn.BatchNorm2d(c_out))
+    layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+    return nn.Sequential(layer, nn.BatchNorm2d(c_out))
 
 
 class Residual(nn.Module):
@@ -129,56 +120,38 @@ class Residual(nn.Module):
         return F.relu(self.main(x) + self.skip(x))
 
 
-def make_head(c_in, hidden, c_out):
-    return nn.Sequential(nn.Linear(c_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, c_out))
-
-
-class Network(nn.Module):
-    """Encoder, projector and predictor, and a linear probe that watches; supervised, encoder and classifier."""
-
-    def __init__(self, args):
-        super().__init__()
-        C = args.width
-        layers = [convolution(3, C, 1), nn.ReLU()]  # for small images: 3 x 3, no pooling
-        for c_in, c_out, stride in ((C, C, 1), (C, 2 * C, 2), (2 * C, 4 * C, 2), (4 * C, 8 * C, 2)):
-            layers += [Residual(c_in, c_out, stride), Residual(c_out, c_out, 1)]
-        if args.encoder == "conv":
-            channels = (3, C, 2 * C, 4 * C, 8 * C)
-            layers = [nn.Sequential(convolution(*pair, 2), nn.ReLU()) for pair in zip(channels, channels[1:])]
-        self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        for layer in self.encoder.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out")
-        self.projector = self.predictor = nn.Identity()
-        if not args.supervised:
-            self.projector, self.predictor = make_head(8 * C, 16 * C, 256), make_head(256, 16 * C, 256)
-        self.probe = nn.Linear(8 * C, 10)
-
-
-def make_networks(args, device):
-    """(online, target): the target starts as a copy, has no posterior and never gets a gradient."""
-    online = Network(args).to(device, memory_format=torch.channels_last)
-    target = copy.deepcopy(online).requires_grad_(False)
-    if args.bayes:
-        make_bayesian(online)
-    return online, target
+def make_network(args):
+    """Encoder, projector and predictor; supervised, encoder and classifier."""
+    C = args.width
+    layers = [convolution(3, C, 1), nn.ReLU()]  # for small images: 3 x 3, no pooling
+    for c_in, c_out, stride in ((C, C, 1), (C, 2 * C, 2), (2 * C, 4 * C, 2), (4 * C, 8 * C, 2)):
+        layers += [Residual(c_in, c_out, stride), Residual(c_out, c_out, 1)]
+    if args.encoder == "conv":
+        channels = (3, C, 2 * C, 4 * C, 8 * C)
+        layers = [nn.Sequential(convolution(*pair, 2), nn.ReLU()) for pair in zip(channels, channels[1:])]
+    net = nn.ModuleDict(dict(encoder=nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())))
+    if "supervised" in args.arm:
+        net["classifier"] = nn.Linear(8 * C, 10)
+    else:
+        for name, D in (("projector", 8 * C), ("predictor", 256)):
+            net[name] = nn.Sequential(nn.Linear(D, 16 * C), nn.BatchNorm1d(16 * C), nn.ReLU(), nn.Linear(16 * C, 256))
+    return net
 
 
 # -------- Loss
 
 def loss_terms(online, target, views, labels, args):
-    """(BYOL's loss, the probe's, KL, embedding (2B, 256)) of views (2B, 3, 32, 32), first all first views; BYOL's loss,
-    from 0 to 8, is the sum of both directions and the mean over images. A supervised run has the probe's alone."""
+    """(loss, KL, embedding (2B, D)) of views (2B, 3, 32, 32), first all first views. BYOL's loss, from 0 to 8, is the
+    sum of both directions and the mean over images; the supervised loss is cross-entropy."""
     h = online.encoder(views)                                                               # (2B, 8 width)
-    z = online.projector(h)                                                                 # (2B, 256)
-    probe = F.cross_entropy(online.probe(h if args.supervised else h.detach()).float(), labels.repeat(2))
     kl = kl_divergence(online, args.prior_std)
-    if args.supervised:
-        return torch.zeros_like(probe), probe, kl, z.detach().float()
+    if "supervised" in args.arm:
+        return F.cross_entropy(online.classifier(h).float(), labels.repeat(2)), kl, h.detach().float()
+    z = online.projector(h)                                                                 # (2B, 256)
     with torch.no_grad():
         t = target.projector(target.encoder(views)).roll(len(z) // 2, 0)  # each row that of the other view
     cosine = F.cosine_similarity(online.predictor(z).float(), t.float())
-    return 4 - 4 * cosine.mean(), probe, kl, z.detach().float()
+    return 4 - 4 * cosine.mean(), kl, z.detach().float()
 
 
 # -------- Evaluation. N images, S draws of the weights, K classes; probs (N, K).
@@ -201,10 +174,9 @@ def measure(probs, labels):
 
 def temperature_scale(probs, val_probs, val_labels):
     """probs at the temperature, of 141 from 0.2 to 5, with the least NLL on the validation images."""
-    logits, val_logits = probs.clamp(min=1e-12).log(), val_probs.clamp(min=1e-12).log()
     temperatures = torch.logspace(-0.7, 0.7, 141, device=probs.device)
-    best = torch.stack([F.cross_entropy(val_logits / t, val_labels) for t in temperatures]).argmin()
-    return (logits / temperatures[best]).softmax(-1)
+    nll = [F.cross_entropy(val_probs.clamp(min=1e-12).log() / t, val_labels) for t in temperatures]
+    return (probs.clamp(min=1e-12).log() / temperatures[torch.stack(nll).argmin()]).softmax(-1)
 
 
 @torch.no_grad()
@@ -231,43 +203,45 @@ def fit_probe(draws, labels):
     """Features -> logits, by the linear layer of least cross-entropy + 5e-5 |W|^2 on (S, N, D) draws, standardised."""
     mean, std = draws.float().mean((0, 1)), draws.float().std((0, 1)) + 1e-6
     x, y = ((draws.float() - mean) / std).flatten(0, 1), labels.repeat(len(draws))
-    probe = nn.Linear(x.shape[1], 10, device=x.device)
-    nn.init.zeros_(probe.weight)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+    W = torch.zeros(10, x.shape[1], device=x.device, requires_grad=True)
+    b = torch.zeros(10, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([W, b], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(probe(x), y) + 5e-5 * probe.weight.square().sum()
+        loss = F.cross_entropy(F.linear(x, W, b), y) + 5e-5 * W.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return lambda h: probe((h.float() - mean) / std)
+    return lambda h: F.linear((h.float() - mean) / std, W, b)
 
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """(kNN accuracy, predictions on test {(condition, variant): probs (N, K)}, of probes fitted to train or of what was
-    supervised). A condition is [COUNT_labels_][CORRUPTION_SEVERITY_], a variant "", _scaled by the temperature for val,
-    _S_draws or _mean_weights."""
+    """(kNN accuracy, predictions on test {(condition, variant): probs (N, K)}). Conditions are [COUNT_labels_]
+    [CORRUPTION_SEVERITY_], variants "", _scaled (by the temperature for val), _S_draws and _mean_weights."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
-    seeds = range(args.seed, args.seed + args.samples) if args.bayes else [None]
+    seeds = range(args.seed, args.seed + args.samples) if bayesian_layers(net) else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
-    train_h, val_h = (features(net, images, autocast, seeds) for images in (train_x, val_x))
-    heads, predictions = {"": lambda h: net.probe(h.float())}, {}
-    if not args.supervised:
-        heads = {f"{n}_labels_" if i else "": fit_probe(train_h[:, :n or None], train_y[:n or None])
+    val_h = features(net, val_x, autocast, seeds)
+    if "supervised" in args.arm:
+        heads = {"": lambda h: net.classifier(h.float())}
+    else:
+        heads = {f"{n}_labels_" if i else "":
+                 fit_probe(features(net, train_x[:n or None], autocast, seeds), train_y[:n or None])
                  for i, n in enumerate(args.probe_labels)}
-    val = {prefix: torch.stack([head(one).softmax(-1) for one in val_h]).mean(0) for prefix, head in heads.items()}
-    for name, i in [("", 0), *product(args.corruptions, range(1, 6))]:
-        h = features(net, corrupt(test_x, name, i) if i else test_x, autocast, seeds)
+    predictions = {}
+    val = {prefix: head(val_h).softmax(-1).mean(0) for prefix, head in heads.items()}
+    for condition, images in conditions(test_x, args.corruptions):
+        h = features(net, images, autocast, seeds)
         for prefix, head in heads.items():
-            draws = torch.stack([head(one).softmax(-1) for one in h])                           # (S, N, K)
-            condition, mean = f"{prefix}{name}_{i}_" if i else prefix, draws.mean(0)
-            predictions |= {(condition, ""): mean, (condition, "_scaled"): temperature_scale(mean, val[prefix], val_y)}
-            if i == 0:
-                predictions |= {(condition, f"_{s}_draws"): draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
-                predictions[condition, "_mean_weights"] = head(queries).softmax(-1)
+            draws = head(h).softmax(-1)                                                         # (S, N, K)
+            variants = {"": draws.mean(0), "_scaled": temperature_scale(draws.mean(0), val[prefix], val_y)}
+            if not condition:
+                variants |= {f"_{s}_draws": draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
+                variants["_mean_weights"] = head(queries).softmax(-1)
+            predictions |= {(prefix + condition, variant): probs for variant, probs in variants.items()}
     return knn_accuracy(bank, train_y, queries, test_y), predictions
 
 
@@ -282,57 +256,53 @@ def measure_all(predictions, labels):
 
 # -------- Training
 
-def save_checkpoint(path, state):
-    """Write another file, then rename it: a kill in between leaves the old checkpoint whole."""
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-
-
 def train(args, data, device, autocast, out_dir):
-    """Train on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, metrics)."""
-    first, metrics, path, (images, labels) = 0, dict(seconds=0.0), out_dir / "checkpoint.pt", data["train"]
+    """Train on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, seconds)."""
+    first, seconds, path, (images, labels) = 0, 0.0, out_dir / "checkpoint.pt", data["train"]
     torch.manual_seed(args.seed)
-    online, target = make_networks(args, device)
+    online = make_network(args).to(device, memory_format=torch.channels_last)
+    target = copy.deepcopy(online).requires_grad_(False)  # of the means: it has no posterior
+    if args.arm in ("BYOV", "supervised BBB"):
+        make_bayesian(online)
     views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
     if on_gpu:  # CUDA graphs: to launch the kernels may take longer than to run them
         torch.compiler.reset()
         views_of, terms_of = torch.compile(two_views), torch.compile(loss_terms, mode="reduce-overhead")
-    rhos = [layer.rho for layer in bayesian_layers(online)]
-    named = [(name, p) for name, p in online.named_parameters() if not name.endswith("rho")]
-    sources, averages = [p for _, p in named], [*target.parameters()]
-    groups = [dict(params=[p for name, p in named if (p.dim() > 1, "predictor" in name) == (matrix, quick)],
-                   weight_decay=args.weight_decay * matrix, speed=10 if quick else 1)
+    means = {name: p for name, p in online.named_parameters() if not name.endswith("rho")}
+    sources, averages = [*means.values()], [*target.parameters()]
+    groups = [dict(params=[p for name, p in means.items() if (p.dim() > 1, "predictor" in name) == (matrix, quick)],
+                   weight_decay=args.weight_decay * matrix, peak=args.lr * (10 if quick else 1))
               for matrix, quick in product((False, True), repeat=2)]
-    optimizers = [torch.optim.SGD(groups, args.lr, momentum=0.9, fused=on_gpu)]
-    if rhos:
-        optimizers.append(torch.optim.Adam([dict(params=rhos, speed=0.01 / args.lr)], fused=on_gpu))  # peak 0.01
+    rhos = dict(params=[layer.rho for layer in bayesian_layers(online)], peak=0.01)
+    optimizers = [torch.optim.SGD(groups, momentum=0.9, fused=on_gpu), torch.optim.Adam([rhos], fused=on_gpu)]
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        if differing := [f"{name} {saved['args'][name]} there, {getattr(args, name)} here" for name in TRAINING
-                         if saved["args"][name] != getattr(args, name)]:
+        then, now = saved["args"], vars(args)
+        if differing := [f"{key} {then[key]} there, {now[key]} here" for key in TRAINING if then[key] != now[key]]:
             fail(f"--resume: {path} is of another run: {'; '.join(differing)}")
-        first, metrics = saved["step"], saved["metrics"]
+        first, seconds = saved["step"], saved["seconds"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
+    out_dir.mkdir(parents=True, exist_ok=True)
     log = open(out_dir / "log.jsonl", "a" if first else "w", buffering=1)
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    began = time.time() - metrics["seconds"]
+    began = time.time() - seconds
     bar = tqdm(range(first, args.steps), out_dir.name, args.steps, initial=first, mininterval=1)
     for step in bar:
         warmup = args.steps // 10  # then a cosine to zero
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (args.steps - warmup))
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = args.lr * group["speed"] * min((step + 1) / max(1, warmup), cosine)
+            group["lr"] = group["peak"] * min((step + 1) / max(1, warmup), cosine)
         torch.manual_seed(1_000_003 * args.seed + step)  # nothing else decides batch, views, draws: resuming is exact
         batch = torch.randint(len(images), (args.batch,), device=device)
-        views = views_of(images[batch], args.views)
+        views = views_of(images[batch], args.data)
         online.train()
         with autocast:
-            fit, probe, kl, embedding = terms_of(online, target, views, labels[batch], args)
-        loss = fit + probe + args.weight_decay * args.prior_std ** 2 * kl
+            fit, kl, embedding = terms_of(online, target, views, labels[batch], args)
+        loss = fit + args.weight_decay * args.prior_std ** 2 * kl
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -340,106 +310,94 @@ def train(args, data, device, autocast, out_dir):
         with torch.no_grad():  # target <- tau target + (1 - tau) online, and tau rises to 1
             torch._foreach_lerp_(averages, sources, (1 - args.tau) * (1 + math.cos(math.pi * step / args.steps)) / 2)
         due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
-        if due or (step + 1) % 10 == 0:
-            spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
-            bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
-            if not math.isfinite(loss.item()):
-                fail(f"loss {loss.item()} at step {step}, learning rate {group['lr']:.2e}", 1)
-            if spread < 0.1:
-                fail(f"step {step + 1}: collapsed, the embedding's std is {spread:.3f} of a healthy one's\n"
-                     "HINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
+        if not due and (step + 1) % 10:
+            continue
+        spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
+        bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
+        if spread < 0.1 or not math.isfinite(loss.item()):
+            fail(f"step {step + 1}: {'collapsed' if spread < 0.1 else 'diverged'}, loss {loss.item()}, learning rate "
+                 f"{group['lr']:.2e}\nHINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
         if due:
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
-            covariance = queries.float().T.cov()
-            ratios = relative_sigmas(online)
-            metrics["seconds"] = time.time() - began
-            record = dict(metrics, step=step + 1, fit=fit.item(), probe=probe.item(), kl=torch.as_tensor(kl).item(),
-                          spread=spread, sigma_over_mu=sum(ratios) / max(1, len(ratios)),
+            covariance, ratios, seconds = queries.float().T.cov(), relative_sigmas(online), time.time() - began
+            record = dict(step=step + 1, seconds=seconds, fit=fit.item(), kl=torch.as_tensor(kl).item(), spread=spread,
+                          sigma_over_mu=sum(ratios) / max(1, len(ratios)),
                           effective_rank=(covariance.trace() ** 2 / covariance.square().sum()).item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            save_checkpoint(path, dict({name: part.state_dict() for name, part in parts.items()}, args=vars(args),
-                                       step=step + 1, metrics=metrics))
-            if stop:
-                fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
+            state = dict(args=vars(args), step=step + 1, seconds=seconds)
+            torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)  # so that a kill leaves the old checkpoint whole
+        if stop:
+            fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
     signal.signal(signal.SIGINT, previous)
-    return online, metrics
+    return online, seconds
 
 
 # -------- The paper's claims
 
 def compare(args, data, device, autocast, out_dir):
     """Trains and measures each arm with each seed, for equal steps. Returns rows, mean and std of the metrics of each
-    arm and of BYOV's paired differences, and runs, what the seeds of each arm predicted."""
-    runs, labels = {name: [] for name in args.compare}, data["test"][1]
+    arm and of BYOV's paired differences, and what each arm predicted with each seed."""
+    nets, found, predicted, labels = {}, {}, {}, data["test"][1]
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.compare):
-        arm = argparse.Namespace(**vars(args) | ARMS[name] | dict(seed=seed))
-        folder, byol = out_dir / f"{name}_seed_{seed}".replace(" ", "_"), out_dir / f"BYOL_seed_{seed}/checkpoint.pt"
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe = {key: vars(arm)[key] for key in [*TRAINING, "samples", "probe_labels", "corruptions"]}
-        path = folder / "run.pt"
-        run = torch.load(path, map_location=device, weights_only=True) if args.resume and path.exists() else {}
-        if run.get("recipe") != recipe:
-            if name == "BYOL+noise":  # of the size, relative to the weights of a layer, that BYOV learned there
-                (net, _), metrics = make_networks(arm, device), {}
-                net.load_state_dict(torch.load(byol, device, weights_only=True)["online"], strict=False)
-                for layer, sigma in zip(bayesian_layers(net), runs["BYOV"][-1]["sigmas"]):
-                    set_sigma(layer, sigma)
-            else:
-                net, metrics = train(arm, data, device, autocast, folder)
-            knn, predictions = evaluate(net, data, arm, autocast)
-            run = dict(recipe=recipe, predictions=predictions, sigmas=relative_sigmas(net),
-                       metrics=dict(metrics, knn_acc=knn, **measure_all(predictions, labels)))
-            save_checkpoint(path, run)
-        runs[name].append(run)
-    found = {name: [run["metrics"] for run in some] for name, some in runs.items()}
-    for name in ("BYOL", "BYOL+noise"):
-        if {name, "BYOV"} <= runs.keys():
-            pairs = zip(found["BYOV"], found[name])
-            found[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
+        arm = argparse.Namespace(**vars(args) | dict(arm=name, seed=seed))
+        if name == "BYOL+noise":  # of the size, relative to the weights of a layer, that BYOV learned there
+            nets[name], seconds = nets["BYOL"], 0.0
+            make_bayesian(nets[name], relative_sigmas(nets["BYOV"]))
+        else:
+            nets[name], seconds = train(arm, data, device, autocast, out_dir / f"{name}_seed_{seed}".replace(" ", "_"))
+        knn, predictions = evaluate(nets[name], data, arm, autocast)
+        found.setdefault(name, []).append(dict(seconds=seconds, knn_acc=knn, **measure_all(predictions, labels)))
+        predicted.setdefault(name, []).append(predictions)
+    for name in [name for name in ("BYOL", "BYOL+noise") if {name, "BYOV"} <= found.keys()]:
+        pairs = zip(found["BYOV"], found[name])
+        found[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
+    if "BYOL" in found and args.seeds > 1:
+        mean = {key: torch.stack([one[key] for one in predicted["BYOL"]]).mean(0) for key in predicted["BYOL"][0]}
+        found[f"ensemble of {args.seeds} BYOL"] = [measure_all(mean, labels)]
     rows = []
     for name, some in found.items():
         values = {key: torch.tensor([metrics[key] for metrics in some], dtype=torch.float64) for key in some[0]}
-        rows.append(dict(name=name, seeds=args.seeds) | {key: x.mean().item() for key, x in values.items()})
-        if args.seeds > 1:
+        rows.append(dict(name=name, seeds=len(some)) | {key: x.mean().item() for key, x in values.items()})
+        if len(some) > 1:
             rows[-1] |= {f"{key}_std": x.std().item() for key, x in values.items()}
-    if "BYOL" in runs and args.seeds > 1:
-        members = [run["predictions"] for run in runs["BYOL"]]
-        mean = {key: torch.stack([member[key] for member in members]).mean(0) for key in members[0]}
-        rows.append(dict(name=f"ensemble of {args.seeds} BYOL", seeds=1) | measure_all(mean, labels))
-    return rows, runs
+    return rows, predicted
 
 
 def table(rows):
     """Markdown: mean ± std over seeds; of a paired difference, mean ± half of its 95 % interval (Student's t)."""
-    columns = {key: head for key, head in COLUMNS.items() if any(key in row for row in rows)}
-    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row in rows:
-        spread, cells = T95[row["seeds"] - 1] / row["seeds"] ** 0.5 if " - " in row["name"] else 1, []
-        for key, head in columns.items():
-            scale, digits = (100, 2) if "%" in head else (1, 3)
-            cell = f"{scale * row[key]:.{digits}f}" if key in row else ""
-            cells.append(cell + (f" ± {scale * spread * row[key + '_std']:.{digits}f}" if key + "_std" in row else ""))
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    tables = []
+    for columns in COLUMNS:
+        heads = {key: head for key, head in columns.items() if key in rows[0]}
+        lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
+        for row in rows:
+            spread, cells = T95[row["seeds"] - 1] / row["seeds"] ** 0.5 if " - " in row["name"] else 1, [row["name"]]
+            for key, head in heads.items():
+                scale, digits = (100, 2) if "%" in head else (1, 3)
+                numbers = [row[k] * scale * factor for k, factor in ((key, 1), (f"{key}_std", spread)) if k in row]
+                cells.append(" ± ".join(f"{number:.{digits}f}" for number in numbers))
+            lines.append(f"| {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
-def plot(path, rows, runs, labels, corruption):
+def plot(path, rows, predicted, labels, corruption):
     """ECE and Brier score against severity, mean ± std over seeds; reliability."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, 2).flatten()
-    for axis, metric in zip(axes, ("ece", "brier")):
+    above, below = figure.subplots(2, 2)
+    for axis, metric, label in zip(above, ("ece", "brier"), ("ECE, %", "Brier score, %")):
         keys = [metric, *(f"{corruption}_{i}_{metric}" for i in range(1, 6))]
         for row in [row for row in rows if " - " not in row["name"]]:
             axis.errorbar(range(6), [100 * row[key] for key in keys], [100 * row.get(f"{key}_std", 0) for key in keys],
                           capsize=2, label=row["name"])
-        axis.set(xlabel=f"severity of {corruption}", ylabel={"ece": "ECE, %", "brier": "Brier score, %"}[metric])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    for axis, condition in zip(axes[2:], ("", f"{corruption}_3_")):
-        for name, some in runs.items():
-            probs = torch.cat([run["predictions"][condition, ""] for run in some])
+        axis.set(xlabel=f"severity of {corruption}", ylabel=label)
+    figure.legend(*above[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    for axis, condition in zip(below, ("", f"{corruption}_3_")):
+        for some in predicted.values():
+            probs = torch.cat([predictions[condition, ""] for predictions in some])
             share, confidence, accuracy = calibration(probs, labels.repeat(len(some))).cpu()
             axis.plot(confidence[share > 1e-3], (accuracy - confidence)[share > 1e-3], ".-")
         axis.set(xlabel=f"confidence, {condition.strip('_') or 'clean'}", ylabel="accuracy - confidence")
@@ -455,8 +413,7 @@ def fail(message, status=2):
 
 def parse(argv):
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    parser = argparse.ArgumentParser(description="BYOL + Bayes by Backprop (arXiv 2312.03213).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="BYOV", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     groups = map(parser.add_argument_group, ("data", "model", "optimisation", "evaluation", "run"))
     data, model, optimisation, evaluation, run = (group.add_argument for group in groups)
@@ -478,23 +435,21 @@ def parse(argv):
     run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity, and reliability")
     run("--out_dir", default="out/byov", help="for metrics.json, and a folder for each arm and seed")
     run("--resume", action="store_true", help="go on from the checkpoints in out_dir, bit for bit")
-    run("--eval_interval", type=int, default=500, help="steps between evaluations, each with a checkpoint")
+    run("--eval_interval", type=int, default=2500, help="steps between evaluations, each with a checkpoint")
     run("--device", choices=there, default=there[0], help="of what this machine has")
-    parser.set_defaults(**DEFAULTS[parser.get_default("data")], **ARMS["BYOV"])
+    parser.set_defaults(**DEFAULTS[parser.get_default("data")], arm="BYOV")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data])
     args = parser.parse_args(argv)
     args.compare = [*ARMS] if args.compare == [] else args.compare or ["BYOV"]
     allowed = dict(width=(1, 1e4), prior_std=(1e-6, 1e3), steps=(1, 1e9), batch=(2, 1e6), lr=(1e-9, 1e3), tau=(0, 1),
                    weight_decay=(0, 1), samples=(1, 1e4), seeds=(1, 10), seed=(0, 1e9), eval_interval=(1, 1e9))
-    for wrong, message in (
-            *((not low <= getattr(args, name) <= high, f"--{name} {getattr(args, name)}; allowed: {low} to {high:g}")
-              for name, (low, high) in allowed.items()),
-            (min(args.probe_labels) < 0, f"--probe_labels {args.probe_labels}; allowed: 0 or more"),
-            ("BYOL+noise" in args.compare and args.compare[:2] != ["BYOL", "BYOV"], "BYOL+noise: only after BYOL BYOV"),
-            (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
-            (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
-        if wrong:
-            fail(message)
+    for name, (low, high) in allowed.items():
+        if not low <= getattr(args, name) <= high:
+            fail(f"--{name} {getattr(args, name)}; allowed: {low} to {high:g}")
+    if "BYOL+noise" in args.compare and args.compare[:2] != ["BYOL", "BYOV"]:
+        fail("--compare: BYOL+noise only after BYOL BYOV")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        fail("--plot needs: pip install matplotlib")
     return args
 
 
@@ -517,14 +472,14 @@ def main(argv=None):
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=bf16)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}, "
-          f"{sum(p.numel() for p in Network(args).parameters()):,} parameters")
-    rows, runs = compare(args, data, device, autocast, out_dir)
-    result = dict(rows=rows) if len(rows) > 1 else dict(rows[0])
+          f"{sum(p.numel() for p in make_network(args).parameters()):,} parameters")
+    rows, predicted = compare(args, data, device, autocast, out_dir)
     print(table(rows))
+    result = dict(rows=rows) if len(rows) > 1 else rows[0]
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, rows, runs, data["test"][1], args.corruptions[0])
+        plot(args.plot, rows, predicted, data["test"][1], args.corruptions[0])
     return result
 
 

@@ -11,14 +11,16 @@ b = -log(n) keeps the mass of a row near that of softmax: sigmoid(u - log n) = e
 Tiles that stick out of a tensor are filled with zeros. A key of zeros has weight sigmoid(b), on a value of zeros: it
 adds nothing to O and nothing to any gradient. So ragged lengths need no mask; only what the caller hides does.
 
-Two kernels do everything on any GPU; a third, for Hopper, is a faster forward pass for heads of 128 channels.
+Two kernels do everything on any GPU; flashsigmoid_hopper.py, if there, is faster on Hopper.
 `python flashsigmoid.py` compares with float64 and, on CUDA, with the time of PyTorch's attention.
 """
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
 import math
+import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,17 +39,6 @@ except ImportError:  # no Triton for this platform: everything runs on the PyTor
     triton = SimpleNamespace(jit=lambda kernel: kernel)
     tl = SimpleNamespace(constexpr=int)
     KERNEL_DEVICES = ()
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
-    LAYOUTS = {rows: gl.NVMMASharedLayout.get_default_for([1, 1, rows, 128], gl.float16) for rows in (64, 128)}
-    tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.7
-    tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-except ImportError:  # then the portable kernels serve Hopper, too
-    gluon, gl, LAYOUTS = triton, tl, {}
 
 
 def sigmoid_attention_reference(q, k, v, bias=None, is_causal=False, scale=None, alibi_slopes=None, k_lens=None):
@@ -99,9 +90,12 @@ def entry(X, index, otherwise):
 
 @triton.jit
 def place(rows: tl.constexpr, T, heads, LAST_FIRST: tl.constexpr):
-    """(first row, head, sequence) of this program's tile; a head begins with its last tile or with its first."""
+    """(first row, head, sequence) of this program's tile. Programs take eight heads at a time, which stay in the cache,
+    and of these the last or the first tiles first: when causal, long tiles, so that short ones fill the end."""
     tiles = tl.cdiv(T, rows)
-    tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    group, rest = tl.program_id(0) // (8 * tiles), tl.program_id(0) % (8 * tiles)
+    heads_here = tl.minimum(8, tl.num_programs(0) // tiles - 8 * group)
+    tile, bh = rest // heads_here, 8 * group + rest % heads_here
     return (tiles - 1 - tile if LAST_FIRST else tile) * rows, bh % heads, bh // heads
 
 
@@ -157,7 +151,7 @@ def narrow(p, dtype: tl.constexpr):
 
 
 @triton.jit
-def query_kernel(Q, K, V, DO, O, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: tl.constexpr, CAUSAL: tl.constexpr):
+def query_kernel(Q, K, V, O, DO, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: tl.constexpr, CAUSAL: tl.constexpr):
     """O = P V for BM queries; given DO, O is dQ = scale * dS K, and DB the sum of dS over these rows, for db."""
     BM: tl.constexpr = Q.block_shape[2]
     BN: tl.constexpr = K.block_shape[2]
@@ -187,7 +181,7 @@ def query_kernel(Q, K, V, DO, O, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk,
             o = dot(narrow(p, v.dtype), v, o)
     store(O, b, h, m, o * scale if GRAD else o)
     if DB is not None:
-        tl.store(DB + tl.program_id(0), tl.sum(db))
+        tl.store(DB + ((b * H + h) * tl.cdiv(Tq, BM) + m // BM), tl.sum(db))
 
 
 @triton.jit
@@ -222,111 +216,6 @@ def key_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, 
     store(DV, b, hk, n, dv)
 
 
-# -------- Hopper: the forward pass for D = 128 in Gluon, Triton's lower level. One warp loads the tiles of k and v into
-# a ring of four; two groups of four warps own 64 queries each. While the tensor cores multiply the weights of a tile by
-# its values, a group turns the scores of the next into weights.
-
-@gluon.jit
-def tile(ring, u):
-    """What lies in the place of tile u; tiles are k, v, k, v, ..."""
-    x = ring.index(u % ring.shape[0])
-    return x.reshape([x.shape[2], x.shape[3]])
-
-
-@gluon.jit
-def wait(bars, u):
-    """Until tile u has been loaded (full) or its place left by the tile before (free)."""
-    mbarrier.wait(bars.index(u % bars.shape[0]), u // bars.shape[0] % 2)
-
-
-@gluon.jit
-def load_tiles(Q, K, V, b, h, hk, m, tiles, q_tiles, ring, q_full, full, free):
-    R: gl.constexpr = ring.shape[0]
-    mbarrier.expect(q_full, 2 * Q.block_type.nbytes)
-    for group in gl.static_range(2):
-        tma_load(Q, [b, h, m + group * Q.block_shape[2], 0], q_full, q_tiles.index(group))
-    for t in range(tiles):
-        for is_v in gl.static_range(2):
-            u = 2 * t + is_v
-            wait(free, u + R)
-            mbarrier.expect(full.index(u % R), K.block_type.nbytes)
-            tma_load(V if is_v else K, [b, hk, t * K.block_shape[2], 0], full.index(u % R), ring.index(u % R))
-
-
-@gluon.jit
-def attend(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr, HIDE: gl.constexpr, rest):
-    O, b, h, m, offset, tiles, whole, k_len, scale, bias, slope, q_tiles, ring, q_full, full, free = rest
-    BM: gl.constexpr = q_tiles.shape[3]
-    BN: gl.constexpr = ring.shape[3]
-    D: gl.constexpr = ring.shape[4]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    row = m + group * BM
-    slope = slope if ALIBI else None
-    i = (row + offset + gl.arange(0, BM, gl.SliceLayout(1, SCORES)))[:, None]
-    j = gl.arange(0, BN, gl.SliceLayout(0, SCORES))[None, :]
-    o, zeros = gl.zeros([BM, D], gl.float32, OUT), gl.zeros([BM, BN], gl.float32, SCORES)
-    mbarrier.wait(q_full, 0)
-    q = tile(q_tiles, group)
-    wait(full, 0)
-    s = warpgroup_mma(q, tile(ring, 0).permute([1, 0]), zeros, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(free.index(0))
-    p, z = weights(s, i, j, k_len, scale, bias, slope, CAUSAL, whole < BN if HIDE else False, False, False)
-    p = gl.convert_layout(narrow(p, O.dtype), LEFT)
-    wait(full, 1)
-    for t in range(1, tiles):
-        wait(full, 2 * t)
-        s = warpgroup_mma(q, tile(ring, 2 * t).permute([1, 0]), zeros, use_acc=False, is_async=True)
-        o = warpgroup_mma(p, tile(ring, 2 * t - 1), o, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(free.index(2 * t % ring.shape[0]))
-        masked = (t + 1) * BN > whole if HIDE else False
-        p_next, z = weights(s, i, t * BN + j, k_len, scale, bias, slope, CAUSAL, masked, False, False)
-        p_next = gl.convert_layout(narrow(p_next, O.dtype), LEFT)
-        wait(full, 2 * t + 1)  # before the next wait, so that the compiler keeps the weights before it, too
-        o = warpgroup_mma_wait(0, deps=[o])
-        mbarrier.arrive(free.index((2 * t - 1) % ring.shape[0]))
-        p = p_next
-    o = warpgroup_mma(p, tile(ring, 2 * tiles - 1), o, is_async=True)
-    o = warpgroup_mma_wait(0, deps=[o])
-    q.store(o.to(O.dtype))
-    fence_async_shared()
-    tma_store(O, [b, h, row, 0], q_tiles.index(group))
-    tma.store_wait(0)
-
-
-@gluon.jit
-def hopper_kernel(Q, K, V, O, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: gl.constexpr, CAUSAL: gl.constexpr):
-    """O = P V for 128 queries."""
-    BM: gl.constexpr = Q.block_shape[2]
-    BN: gl.constexpr = K.block_shape[2]
-    D: gl.constexpr = Q.block_shape[3]
-    R: gl.constexpr = 4
-    ALIBI: gl.constexpr = Slopes is not None
-    HIDE: gl.constexpr = CAUSAL or Lens is not None
-    m, h, b = place(2 * BM, Tq, H, True)
-    bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
-    k_len = tl.minimum(entry(Lens, b, Tk), Tk)
-    whole, end = key_range(m + Tk - Tq, k_len, 2 * BM, BN, CAUSAL, HIDE)
-    tiles = tl.maximum(tl.cdiv(end, BN), 1)
-    q_tiles = gl.allocate_shared_memory(Q.dtype, [2, 1, 1, BM, D], Q.layout)
-    ring = gl.allocate_shared_memory(K.dtype, [R, 1, 1, BN, D], K.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [R, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [R, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    for u in gl.static_range(R):
-        mbarrier.init(full.index(u), count=1)
-        mbarrier.init(free.index(u), count=2)
-    fence_async_shared()
-    rest = (O, b, h, m, Tk - Tq, tiles, whole, k_len, scale, bias, slope, q_tiles, ring, q_full, full, free)
-    gl.warp_specialize([(attend, (0, ALIBI, CAUSAL, HIDE, rest)), (attend, (1, ALIBI, CAUSAL, HIDE, rest)),
-                        (load_tiles, (Q, K, V, b, h, h // G, m, tiles, q_tiles, ring, q_full, full, free))],
-                       [4, 1], [240, 24])
-
-
 # -------- Operators: torch.compile sees each as one node; autograd saves their inputs and nothing else.
 
 TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline stages)} for 16-bit inputs
@@ -334,34 +223,61 @@ TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline
     "dq": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
     "dkdv": {64: (64, 64, 4, 2), 128: (64, 128, 8, 3), 256: (32, 64, 4, 1)},
 }
-
-device_properties = functools.cache(torch.cuda.get_device_properties)  # a small call waits for the CPU
+compiled = {}  # kernels, by what their code depends on
 
 
 def power_of_two(D):
     return 1 << (D - 1).bit_length()
 
 
-def tile_shape(name, x):
-    """(queries, keys, launch options) of the pass for tensors like x."""
-    BM, BN, warps, stages = TILES[name][max(64, power_of_two(x.shape[3]))]
-    if x.dtype == torch.float32:  # no tensor cores: large tiles only spill
+@functools.cache  # like all that a call would ask again: a small call waits for the CPU
+def tile_shape(name, device, dtype, D):
+    """(queries, keys, launch options) of the pass."""
+    BM, BN, warps, stages = TILES[name][max(64, power_of_two(D))]
+    if dtype == torch.float32:  # no tensor cores: large tiles only spill
         BM, BN, warps, stages = 32, 16, 4, 1
-    if x.is_cuda and device_properties(x.device).shared_memory_per_block_optin < 160 * 1024:
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 * 1024:
         stages = 1  # consumer GPUs: no room for more
     return BM, BN, dict(num_warps=warps, num_stages=stages)
 
 
-def tiled(x, rows, hopper=False):
-    """Descriptor of x (B, H, T, D) in tiles of `rows` rows and a power of two of columns. The hardware addresses units
-    of 16 bytes: a base or a stride that is no multiple of that costs one copy of x (never of what empty_like made)."""
-    strides = [stride if size > 1 else 16 for size, stride in zip(x.shape, x.stride())]  # any will do for one row
-    if x.data_ptr() % 16 or strides[3] != 1 or any(s * x.element_size() % 16 for s in strides[:3]):
-        return tiled(x.clone(memory_format=torch.contiguous_format), rows, hopper)
-    block = [1, 1, rows, power_of_two(x.shape[3])]
-    if hopper:
-        return HopperDescriptor(x, list(x.shape), strides, block, LAYOUTS[rows])
-    return TensorDescriptor(x, list(x.shape), strides, block)
+@functools.cache
+def hopper_tier(device, dtype, D):
+    """The module of faster kernels, where they serve such tensors, or None."""
+    if device.type == "cuda" and dtype != torch.float32 and 32 < D <= 128:
+        with contextlib.suppress(ImportError):  # this file may be alone, or Triton without Gluon
+            import flashsigmoid_hopper
+            return flashsigmoid_hopper if torch.cuda.get_device_capability(device)[0] == 9 else None
+
+
+@functools.lru_cache(4096)
+def geometry(shape, strides, itemsize, rows, columns=None):
+    """The descriptor of such a tensor (B, H, T, D) in tiles of `rows` rows and a power of two of columns, but its base;
+    None where the hardware, which addresses units of 16 bytes, cannot step like this."""
+    strides = [stride if size > 1 else 16 for size, stride in zip(shape, strides)]  # any will do for one row
+    if strides[3] == 1 and not any(stride * itemsize % 16 for stride in strides[:3]):
+        block = [1, 1, rows, columns or power_of_two(shape[3])]
+        return dict(shape=list(shape), strides=strides, block_shape=block, padding="zero")
+
+
+def launch(kernel, programs, tensors, rest, descriptor=None, **options):
+    """kernel[(programs,)](*(descriptors of the tensors), *rest), without Triton's slow look at every argument."""
+    descriptors = []
+    for x, *block in tensors:
+        fields = geometry(x.shape, x.stride(), x.element_size(), *block)
+        if fields is None or x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.contiguous_format)
+            fields = geometry(x.shape, x.stride(), x.element_size(), *block)
+        descriptors.append(object.__new__(TensorDescriptor))  # its constructor's checks are slow, too
+        vars(descriptors[-1]).update(base=x, **fields)
+    *optional, b, scale, H, Tq, Tk, G, is_causal = rest
+    key = (kernel, x.dtype, x.device, fields["block_shape"][3], G, is_causal, *((n == 1, n % 16) for n in (H, Tq, Tk)),
+           *(x is None or x.data_ptr() % 16 for x in optional))
+    if found := compiled.get(key):
+        found[programs, 1, 1](*descriptors, *rest)
+    else:
+        descriptors = ((descriptor or TensorDescriptor)(**vars(x)) for x in descriptors)
+        compiled[key] = kernel[(programs,)](*descriptors, *rest, **options)
 
 
 INPUTS = ("Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? k_lens, "
@@ -376,31 +292,33 @@ def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     o = torch.empty_like(q)
     rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
     with torch.cuda.device_of(q):
-        if (LAYOUTS and q.is_cuda and q.dtype != torch.float32 and power_of_two(D) == 128
-                and device_properties(q.device).major == 9):
-            inputs = (tiled(x, rows, hopper=True) for x, rows in ((q, 64), (k, 128), (v, 128), (o, 64)))
-            hopper_kernel[(B * H * math.ceil(Tq / 128),)](*inputs, *rest, num_warps=4)
+        if D > 64 and (tier := hopper_tier(q.device, q.dtype, D)):
+            tier.forward(q, k, v, o, rest)
             return o
-        BM, BN, options = tile_shape("forward", q)
-        query_kernel[(B * H * math.ceil(Tq / BM),)](
-            tiled(q, BM), tiled(k, BN), tiled(v, BN), None, tiled(o, BM), None, *rest, **options)
+        BM, BN, options = tile_shape("forward", q.device, q.dtype, D)
+        launch(query_kernel, B * H * math.ceil(Tq / BM), ((q, BM), (k, BN), (v, BN), (o, BM)),
+               (None, None, *rest), **options)
     return o
 
 
 @torch.library.impl("flashsigmoid::backward", "default")
 def launch_backward(do, q, k, v, bias, slopes, k_lens, b, scale, is_causal):
-    """[dQ, dK, dV] and, where bias is a tensor, db. Two kernels without atomics give the same bits every time."""
+    """[dQ, dK, dV] and, where bias is a tensor, db. The two portable kernels give the same bits every time."""
     (B, H, Tq, D), (Hk, Tk) = q.shape, k.shape[1:3]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
+    tier = bias is None and not torch.are_deterministic_algorithms_enabled() and hopper_tier(q.device, q.dtype, D)
     with torch.cuda.device_of(q):
-        BM, BN, options = tile_shape("dkdv", q)
-        key_kernel[(B * Hk * math.ceil(Tk / BN),)](
-            tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dk, BN), tiled(dv, BN), *rest, **options)
-        BM, BN, options = tile_shape("dq", q)
+        if tier:
+            tier.backward(do, q, k, v, dq, dk, dv, rest)
+            return [dq, dk, dv]
+        BM, BN, options = tile_shape("dkdv", q.device, q.dtype, D)
+        launch(key_kernel, B * Hk * math.ceil(Tk / BN),
+               ((q, BM), (k, BN), (v, BN), (do, BM), (dk, BN), (dv, BN)), rest, **options)
+        BM, BN, options = tile_shape("dq", q.device, q.dtype, D)
         db = None if bias is None else q.new_empty(B, H, math.ceil(Tq / BM), dtype=torch.float32)  # one a program
-        query_kernel[(B * H * math.ceil(Tq / BM),)](
-            tiled(q, BM), tiled(k, BN), tiled(v, BN), tiled(do, BM), tiled(dq, BM), db, *rest, **options)
+        launch(query_kernel, B * H * math.ceil(Tq / BM),
+               ((q, BM), (k, BN), (v, BN), (dq, BM), (do, BM)), (db, *rest), **options)
     return [dq, dk, dv] if bias is None else [dq, dk, dv, db.sum((0, 2))]
 
 
@@ -446,9 +364,9 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     k_lens        (B,) integers: hides the keys j >= k_lens of each sequence; their tiles cost nothing
     returns       (B, H, Tq, D) in q's dtype and order of strides
 
-    Fused kernels on CUDA, `sigmoid_attention_reference` elsewhere. Deterministic; differentiable once in q, k, v, bias.
-    Autocast applies. A tensor whose D, base address or stride is no multiple of 16 bytes is copied once. Raises
-    ValueError or TypeError that name the argument."""
+    Fused kernels on CUDA, `sigmoid_attention_reference` elsewhere; differentiable once in q, k, v, bias. Gradients have
+    the same bits every time, on Hopper if torch.use_deterministic_algorithms(True) asks for that. Autocast applies. A
+    tensor whose D, base address or stride is no multiple of 16 bytes is copied. Errors name the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16, torch.float32), name, x,
                 "a tensor of float16, bfloat16 or float32 (float64: sigmoid_attention_reference)", error=TypeError)
@@ -476,9 +394,13 @@ def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slo
     b, bias = (float(bias), None) if learned is None else (0.0, bias.float().contiguous())
     slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
     k_lens = None if k_lens is None else k_lens.int().contiguous()
-    if padding := -D % (16 // q.element_size()):
+    padding = -D % (16 // q.element_size())
+    if padding:
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
-    return Attention.apply(q, k, v, bias, slopes, k_lens, b, float(scale), bool(is_causal))[..., :D]
+    inputs = q, k, v, bias, slopes, k_lens, b, float(scale), bool(is_causal)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4])
+    out = (Attention.apply if learns else torch.ops.flashsigmoid.forward)(*inputs)
+    return out[..., :D] if padding else out
 
 
 # -------- python flashsigmoid.py
@@ -495,8 +417,7 @@ def check(device):
             *leaves, do = (x.requires_grad_() for x in inputs.to(precision).unbind())
             out = attention(*leaves, is_causal=True)
             found.append((out, *torch.autograd.grad(out, leaves, do), attention(*(x.to(precision) for x in far))))
-        names = "out", "dq", "dk", "dv", "out of 65,536 keys"
-        results = zip(names, *found)
+        results = zip(("out", "dq", "dk", "dv", "out of 65,536 keys"), *found)
         errors[str(dtype)] = here = {name: ((x - exact).norm() / exact.norm()).item() for name, x, exact in results}
         print(f"{dtype}, against float64:", *(f"{name} {error:.1e}" for name, error in here.items()))
         if not max(here.values()) < tolerance:
@@ -566,4 +487,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.modules["flashsigmoid"] = sys.modules["__main__"]  # so that flashsigmoid_hopper does not import this file again
     main()

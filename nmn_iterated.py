@@ -35,10 +35,6 @@ from data.shapes_syget import load_shapes
 
 END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the longest program, 7, and its <end>
 SEEN = 135  # the first questions are those of training, the rest those of Val-OOD
-DEFAULTS = {
-    "cpu": dict(batch=128, hidden=64, interact_steps=1500, generator_steps=150, engine_steps=2000, generations=3),
-    "gpu": dict(batch=512, hidden=128, interact_steps=1500, generator_steps=75, engine_steps=1500, generations=4),
-}
 SCORES = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
 REPORTED = [*SCORES, "train_acc", "program_acc", "seconds"]
 FREE = "generations seeds plot out_dir resume eval_interval compare device".split()  # may change with --resume
@@ -465,7 +461,6 @@ def parse_flags(argv):
     parser = argparse.ArgumentParser(description="Iterated learning of module networks (arXiv 2105.01119).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    parser.set_defaults(**DEFAULTS["cpu" if there[0] == "cpu" else "gpu"])
     data = parser.add_argument_group("data").add_argument
     data("--data", choices=("generated", "published"), default="generated", help="images drawn anew, or the files")
     data("--images", type=int, default=600, help="to draw for each training question")
@@ -473,17 +468,17 @@ def parse_flags(argv):
     model = parser.add_argument_group("model").add_argument
     model("--modules", choices=("tensor", "film"), default="tensor", help="Tensor-NMN or Tensor-FiLM-NMN")
     model("--width", type=int, default=32, help="channels of the engine")
-    model("--hidden", type=int, help="units of the generator")
+    model("--hidden", type=int, default=64, help="units of the generator")
     model("--spectral_norm", action="store_true", help="of the engine's convolutions")
     optimisation = parser.add_argument_group("optimisation").add_argument
-    optimisation("--generations", type=int, help="1: no iterated learning, the agents interact and that is all")
-    optimisation("--interact_steps", type=int, help="of a generation, in which both agents learn together")
+    optimisation("--generations", type=int, default=3, help="1: no iterated learning, nothing but interaction")
+    optimisation("--interact_steps", type=int, default=1000, help="in which both agents learn together")
     optimisation("--transmitted", type=int, default=2000, help="programs that the old generator says to the new one")
-    optimisation("--generator_steps", type=int, help="in which the new one learns them: the bottleneck")
-    optimisation("--engine_steps", type=int, help="in which the new engine learns to run what the new generator says")
+    optimisation("--generator_steps", type=int, default=150, help="in which the new one learns them: the bottleneck")
+    optimisation("--engine_steps", type=int, default=2000, help="in which a new engine learns to run its programs")
     optimisation("--keep_engine", action="store_true", help="renew the generator alone")
     optimisation("--true_programs", action="store_true", help="no generator: the engine learns with true programs")
-    optimisation("--batch", type=int, help="images, or programs, a step")
+    optimisation("--batch", type=int, default=128, help="images, or programs, a step")
     optimisation("--lr", type=float, default=1e-3, help="learning rate of AdamW")
     optimisation("--weight_decay", type=float, default=0.0, help="of AdamW")
     run = parser.add_argument_group("run").add_argument
@@ -496,9 +491,6 @@ def parse_flags(argv):
     run("--compare", action="store_true", help="iterated learning and none, in one table")
     run("--device", choices=there, default=there[0], help="of what this machine has")
     args = parser.parse_args(argv)
-    if args.device == "cpu":  # once more, now that it is known what suits the run
-        parser.set_defaults(**DEFAULTS["cpu"])
-        args = parser.parse_args(argv)
     args.generations = 1 if args.true_programs else args.generations
     lowest = dict(images=1, given=0, width=1, hidden=1, generations=1, interact_steps=1, transmitted=1, batch=1, lr=0,
                   weight_decay=0, generator_steps=0, engine_steps=0, seeds=1, seed=0, eval_interval=1)

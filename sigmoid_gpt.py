@@ -36,8 +36,9 @@ DEFAULTS = dict(
     gpu=dict(layers=6, channels=384, heads=6, context=256, dropout=0.4, batch=64, steps=4000, lr=1e-3, weight_decay=2))
 MODEL = "attn attn_bias pos norm qk_norm layers channels heads context dataset".split()
 TRAINING = "dropout steps batch lr warmup weight_decay".split()
-METRICS = dict(val_loss=3, best_val_loss=3, repeat_loss=3, repeat_loss_beyond=3, attention_rms_init=2,
-               attention_rms_early=2, tokens_per_s=0, peak_gib=1, seconds=0)  # decimals in tables
+LEARNED = dict(val_loss=3, best_val_loss=3, repeat_loss=3, repeat_loss_beyond=3, attention_rms_init=2,
+               attention_rms_early=2)  # what tables show of a run, with so many decimals
+COST = dict(tokens_per_s=0, peak_gib=1, seconds=0)
 
 
 # -------- Model. B batch, T tokens, C channels, H heads, D = C / H.
@@ -113,9 +114,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(args) for _ in range(args.layers))
         self.norm = nn.RMSNorm(args.channels, eps=1e-5)
         self.head = nn.Linear(args.channels, 256, bias=False)
-        for module in self.modules():  # variance 1 / fan in; of an embedding, 1 / fan out
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        for matrix in [p for p in self.parameters() if p.dim() > 1]:  # variance 1 / fan in; an embedding, 1 / fan out
+            nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
 
     def forward(self, windows):
         """windows (B, T + 1) of bytes -> (B, T) nats: each byte from those before it."""
@@ -283,17 +283,17 @@ def compare(args, tokens, out_dir):
             arm.resume = args.resume and any((folder / file).exists() for file in ("checkpoint.pt", "metrics.json"))
             runs.append(train(arm, tokens, folder))
         row = {key: runs[0][key] for key in [*MODEL, *TRAINING, "device", "torch"]} | dict(name=name, seeds=len(runs))
-        for key in [key for key in METRICS if key in runs[0]]:
+        for key in [key for key in LEARNED | COST if key in runs[0]]:
             values = torch.tensor([run[key] for run in runs], dtype=torch.float64)
             row[key], row[f"{key}_std"] = values.mean().item(), values.std(correction=min(1, len(runs) - 1)).item()
         rows.append(row)
     return rows, folders
 
 
-def table(rows):
+def table(rows, metrics=LEARNED):
     """The rows of comparisons, or the metrics of single runs, in Markdown. Flags that differ get a column."""
     flags = [key for key in MODEL[2:] + TRAINING if len({str(row[key]) for row in rows}) > 1]
-    columns = {key: digits for key, digits in METRICS.items() if all(key in row for row in rows)}
+    columns = {key: digits for key, digits in metrics.items() if all(key in row for row in rows)}
     lines = [[*flags, "attention", *columns]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
@@ -355,7 +355,7 @@ def parse(argv):
     run("--seed", type=int, default=1337, help="of weights, batches, dropout and sample")
     run("--plot", metavar="FILE.png", help="draw losses and attention norms")
     run("--out_dir", default="out/sigmoid_gpt", help="for checkpoint.pt, log.jsonl, metrics.json")
-    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, bit for bit; of --compare, run by run")
+    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, same batches and noise; --compare: by run")
     run("--sample", action="store_true", help="no training: write a sample from out_dir/checkpoint.pt")
     run("--prompt", default="\n", help="text that the sample continues")
     run("--eval_interval", type=int, default=250, help="steps between evaluations, each with a checkpoint")
@@ -406,10 +406,10 @@ def main(argv=None):
         rows, folders = compare(args, tokens, out_dir)
         result = dict(rows=rows, seed=args.seed) | {key: rows[0][key] for key in "device dataset steps torch".split()}
         (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
-        print(f"\n{table(rows)}\n\nmean ± std, seeds: {args.seeds}")
+        print(f"\n{table(rows)}\n\n{table(rows, COST)}\n\nmean ± std, seeds: {args.seeds}")
     else:
         result, folders = train(args, tokens, out_dir), {args.attn: out_dir}
-        print(sample(args), "", *(f"{key:26}{result[key]:,.4f}" for key in METRICS if key in result), sep="\n")
+        print(sample(args), "", *(f"{key:26}{result[key]:,.4f}" for key in LEARNED | COST if key in result), sep="\n")
     if args.plot:
         plot(args.plot, folders)
     return result

@@ -10,6 +10,7 @@ import torch
 from data.corruptions import blur
 
 GREY = 0.299, 0.587, 0.114
+VIEWS = {"glyphs": dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0), "cifar10": dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)}
 
 
 def resize(start, length, size):
@@ -44,9 +45,9 @@ def normalise(x):
     return ((x - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
 
 
-def two_views(images, choices):
+def two_views(images, data):
     """images (B, 3, S, S) uint8 -> (2B, 3, S, S), normalised: first views, then second; only these solarised."""
-    return normalise(torch.cat([augment(images, **choices, solarised=share) for share in (0.0, 0.2)]))
+    return normalise(torch.cat([augment(images, **VIEWS[data], solarised=share) for share in (0.0, 0.2)]))
 
 
 def augment(images, crop, flip, hue, grey, solarised, blurred=0.0):

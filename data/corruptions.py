@@ -42,3 +42,11 @@ def corrupt(images, name, severity):
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         torch.manual_seed(severity)
         return (function(images.float() / 255, strengths[severity - 1]).clamp(0, 1) * 255).round().byte()
+
+
+def conditions(images, names):
+    """Yields ("", images), then ("NAME_SEVERITY_", corrupted images) for each name and severity."""
+    yield "", images
+    for name in names:
+        for severity in range(1, 6):
+            yield f"{name}_{severity}_", corrupt(images, name, severity)
