@@ -355,7 +355,7 @@ def parse(argv):
     run("--seed", type=int, default=1337, help="of weights, batches, dropout and sample")
     run("--plot", metavar="FILE.png", help="draw losses and attention norms")
     run("--out_dir", default="out/sigmoid_gpt", help="for checkpoint.pt, log.jsonl, metrics.json")
-    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, same batches and noise; --compare: by run")
+    run("--resume", action="store_true", help="go on from out_dir/checkpoint.pt, same batches; of --compare, run by run")
     run("--sample", action="store_true", help="no training: write a sample from out_dir/checkpoint.pt")
     run("--prompt", default="\n", help="text that the sample continues")
     run("--eval_interval", type=int, default=250, help="steps between evaluations, each with a checkpoint")
