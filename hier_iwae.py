@@ -13,7 +13,7 @@ draws a z0 for each q_j: all stays but the coupling. --grad dreg is the doubly r
     python hier_iwae.py                        a 2-D density on a CPU, binarised MNIST on a GPU
     python hier_iwae.py --compare --seeds 3    the proposals, then the estimators, at equal k and steps, in one table
 
-Differs from the authors' code in plainer networks, steps, batch and schedule; its training weights are the bound's.
+Differs from the authors' code: plainer networks, a z0 of two dimensions, steps, batch, schedule; trained on the bound.
 """
 import argparse
 import importlib.util
@@ -34,8 +34,8 @@ from data.densities import TARGETS, log_normaliser
 from data.mnist import binarised, load_digits
 
 DEFAULTS = {
-    "density": dict(k=[3], latent=2, hidden=64, context=1, batch=64, steps=3000, lr=1e-3, nll_samples=600_000),
-    "loggamma": dict(k=[2], latent=1, hidden=0, context=1, batch=1024, steps=4000, lr=2e-2, nll_samples=1_000_000),
+    "density": dict(k=[3], latent=2, hidden=64, context=1, batch=64, steps=3000, lr=1e-2, nll_samples=600_000),
+    "loggamma": dict(k=[2], latent=1, hidden=0, context=1, batch=1024, steps=4000, lr=4e-2, nll_samples=1_000_000),
     "images": dict(k=[5], latent=32, hidden=100, context=100, batch=256, steps=4000, lr=2e-3, nll_samples=5000),
     "images on cpu": dict(batch=32, steps=400, lr=1e-3, nll_samples=200, test_images=500),
 }
@@ -48,20 +48,22 @@ SAME = "task target data proposal weights grad k steps batch lr seed".split()  #
 
 class Conditional(nn.Module):
     """L diagonal Gaussians of `outputs` dimensions given x and the context: a hidden layer, and a skip to the means.
-    Sizes may be 0: q0 has no x, IWAE is a hierarchy whose z0 has no dimensions, without hidden units all is linear."""
+    Each has a first layer of x and a width of its own; they share the rest, as what is its own learns from a k-th of
+    the samples. Sizes may be 0: q0 has no x, IWAE's z0 no dimensions, and without hidden units all is linear."""
 
     def __init__(self, inputs, outputs, L, args):
         super().__init__()
-        self.hidden = nn.Linear(inputs + args.context, args.hidden)
-        self.head = nn.Linear(args.hidden, 2 * L * outputs)
-        self.skip = nn.Linear(inputs + args.context, L * outputs)
-        self.shape = L, outputs
+        self.sizes = args.hidden, outputs
+        self.own = nn.Linear(inputs, L * sum(self.sizes))
+        self.shared = nn.Linear(args.context, sum(self.sizes))
+        self.head = nn.Linear(args.hidden, 2 * outputs)
+        self.width = nn.Parameter(torch.zeros(L, outputs))
 
-    def forward(self, x, c):
-        """x (N, J, inputs), c (N, 1, C) -> mean and standard deviation, each (N, J, L, outputs)."""
-        x = torch.cat([x, c.expand(-1, x.shape[1], -1)], -1)
-        mean, raw = self.head(F.elu(self.hidden(x))).chunk(2, -1)
-        return (mean + self.skip(x)).unflatten(-1, self.shape), F.softplus(raw).unflatten(-1, self.shape) + 1e-5
+    def forward(self, x, c):  # (N, J, inputs), (N, 1, C) -> mean and standard deviation, each (N, J, L, outputs)
+        own = self.own(x / x.shape[-1] ** 0.5).unflatten(-1, (len(self.width), sum(self.sizes)))
+        hidden, skip = (own + self.shared(c)[:, :, None]).split(self.sizes, -1)
+        mean, raw = self.head(F.elu(hidden)).chunk(2, -1)
+        return mean + skip, F.softplus(raw + self.width) + 1e-5
 
 
 class Residual(nn.Module):
@@ -83,7 +85,7 @@ class HIWAE(nn.Module):
     def __init__(self, args):
         super().__init__()
         k, d, C = args.k[0], args.latent, args.context
-        d0 = 0 if args.proposal == "gaussian" else d
+        d0 = 0 if args.proposal == "gaussian" else min(d, 2)  # few: until q makes use of z0, it is noise to z and to r
         L = k if args.proposal in ("joint", "independent") else 1
         self.q0 = Conditional(0, d0, 1, args)
         self.q = Conditional(d0, d, L, args)
@@ -164,9 +166,8 @@ def statistics(log_w):
     log_p_hat = log_w.logsumexp(2) - math.log(k)                                            # (N, R)
     w, v = (log_w - log_p[:, None, None]).exp() / k, log_w.softmax(2)
     w = w - w.mean(1, keepdim=True)
-    covariance = w.mT @ w / (R - 1)                                                         # (N, k, k)
     std = w.std(1).clamp(min=1e-30)                                                         # (N, k)
-    between = covariance * (1 - torch.eye(k))
+    between = w.mT @ w / (R - 1) * (1 - torch.eye(k))                                       # (N, k, k), covariances
     correlation = (between / (std[:, :, None] * std[:, None])).sum((1, 2)) / max(1, k * k - k)
     found = dict(bound=log_p_hat, nll=-log_p, var_log_p_hat=log_p_hat.var(1), variance_part=std.square().sum(1),
                  covariance_part=between.sum((1, 2)), correlation=correlation,
@@ -183,7 +184,7 @@ def evaluate(model, x, args, samples):
     draws = [torch.cat([log_weights(model, some, args)[0] for some in x.split(rows)]) for _ in range(repeats)]
     found = statistics(torch.stack(draws, 0 if model.target else 1))                        # (1, N, k) or (N, R, k)
     if args.target == "loggamma" and args.proposal != "gaussian":
-        found["slopes"] = model.q.skip.weight[:, 0].tolist()  # of the means in z0: these proposals are linear
+        found["slopes"] = model.q.own.weight[:, 0].tolist()  # of the means in z0: these proposals are linear
     return found | (dict(gap=-found["bound"]) if model.target else {})
 
 
@@ -218,8 +219,7 @@ def train(args, data, device, out_dir):
 
     def update():
         x = images[torch.randint(len(images), (args.batch,), device=device)]
-        if args.task == "images":  # binarised anew at every use
-            x = (torch.rand(x.shape, device=device) < x / 255).float()
+        x = (torch.rand(x.shape, device=device) < x / 255).float()  # binarised anew at every use
         log_w, _, loss = log_weights(model, x, args)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
