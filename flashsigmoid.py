@@ -159,12 +159,14 @@ def query_kernel(Q, K, V, O, DO, DB, Bias, Slopes, Lens, bias, scale, H, Tq, Tk,
     GRAD: tl.constexpr = DO is not None
     EXACT: tl.constexpr = Q.dtype == tl.float32
     m, h, b = place(BM, Tq, H, True)  # when causal, the longest rows first
-    bias, slope = entry(Bias, h, bias), None if Slopes is None else tl.load(Slopes + h)
+    bias = entry(Bias, h, bias)
+    slope = None if Slopes is None else tl.load(Slopes + h)
     k_len = tl.minimum(entry(Lens, b, Tk), Tk)
     whole, end = key_range(m + Tk - Tq, k_len, BM, BN, CAUSAL, HIDE)
     i = m + Tk - Tq + tl.arange(0, BM)[:, None]
     q = load(Q, b, h, m)
-    o, db = tl.zeros(q.shape, tl.float32), tl.zeros([BM], tl.float32)
+    o = tl.zeros(q.shape, tl.float32)
+    db = tl.zeros([BM], tl.float32)
     if GRAD:
         do = load(DO, b, h, m)
     for n in range(0, end, BN):
@@ -192,7 +194,8 @@ def key_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, 
     EXACT: tl.constexpr = Q.dtype == tl.float32
     n, hk, b = place(BN, Tk, H // G, False)
     k_len = tl.minimum(entry(Lens, b, Tk), Tk)
-    first, whole, end = 0, 0, tl.where(n < k_len, Tq, 0)  # rows [first, whole) need the causal mask, the rest does not
+    end = tl.where(n < k_len, Tq, 0)
+    first, whole = 0, 0  # rows [first, whole) need the causal mask, the rest does not
     if CAUSAL:
         first = tl.minimum(tl.maximum(n + Tq - Tk, 0) // BM * BM, end)
         whole = tl.minimum(tl.cdiv(tl.maximum(n + Tq - Tk + BN - 1, 0), BM) * BM, end)
@@ -201,7 +204,8 @@ def key_kernel(Q, K, V, DO, DK, DV, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, 
     dk, dv = tl.zeros(k.shape, tl.float32), tl.zeros(v.shape, tl.float32)
     for group in range(G):
         h = hk * G + group
-        head_bias, slope = entry(Bias, h, bias), None if Slopes is None else tl.load(Slopes + h)
+        head_bias = entry(Bias, h, bias)
+        slope = None if Slopes is None else tl.load(Slopes + h)
         for m in range(first, end, BM):
             q, do = load(Q, b, h, m), load(DO, b, h, m)
             i = m + Tk - Tq + tl.arange(0, BM)[None, :]
@@ -226,14 +230,10 @@ TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline
 compiled = {}  # kernels, by what their code depends on
 
 
-def power_of_two(D):
-    return 1 << (D - 1).bit_length()
-
-
 @functools.cache  # like all that a call would ask again: a small call waits for the CPU
 def tile_shape(name, device, dtype, D):
     """(queries, keys, launch options) of the pass."""
-    BM, BN, warps, stages = TILES[name][max(64, power_of_two(D))]
+    BM, BN, warps, stages = TILES[name][max(64, triton.next_power_of_2(D))]
     if dtype == torch.float32:  # no tensor cores: large tiles only spill
         BM, BN, warps, stages = 32, 16, 4, 1
     if device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 * 1024:
@@ -256,7 +256,7 @@ def geometry(shape, strides, itemsize, rows, columns=None):
     None where the hardware, which addresses units of 16 bytes, cannot step like this."""
     strides = [stride if size > 1 else 16 for size, stride in zip(shape, strides)]  # any will do for one row
     if strides[3] == 1 and not any(stride * itemsize % 16 for stride in strides[:3]):
-        block = [1, 1, rows, columns or power_of_two(shape[3])]
+        block = [1, 1, rows, columns or triton.next_power_of_2(shape[3])]
         return dict(shape=list(shape), strides=strides, block_shape=block, padding="zero")
 
 

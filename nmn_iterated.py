@@ -81,7 +81,8 @@ def speak(generator, data, questions, forced=None, sampled=False):
         others = forced[:, :LENGTH, None] != torch.arange(len(TOKENS), device=questions.device)
         noise = noise.masked_fill(others & (forced[:, :LENGTH, None] >= 0), -math.inf)
     memory, state = generator.read(data.words[questions], data.lengths[questions])
-    token, said = torch.full_like(questions, START), []
+    token = torch.full_like(questions, START)
+    said = []
     for t in range(LENGTH):
         logits, state = generator.write(memory, state, token)
         token = (logits + noise[:, t]).argmax(-1)
@@ -226,7 +227,8 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
 @torch.no_grad()
 def evaluate(generator, engine, data, transmitted):
     """What is right on Val-IID and Val-OOD, of greedy programs; without a generator, of true ones."""
-    found, programs = {}, data.programs
+    found = {}
+    programs = data.programs
     if generator is not None:
         questions = torch.arange(len(QUESTIONS), device=data.words.device)
         programs, _ = speak(generator, data, questions)
@@ -251,7 +253,8 @@ def replayed(step, device):
     """On CUDA, `step` as a graph from its fourth call on: launching kernels this small takes longer than they do."""
     if device.type != "cuda":
         return step
-    side, graph, results = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    results = []
     torch.cuda.synchronize()
 
     def call():
@@ -304,7 +307,9 @@ def train(args, data, device, out_dir):
         schedule = [(0, "engine", args.interact_steps)]
     torch.manual_seed(1_000_003 * args.seed)
     agents = {kind: new_agent(kind, args, device) for kind in ("generator", "engine")}
-    number, done, records, transmitted, baseline = 0, 0, [], None, torch.zeros((), device=device)
+    number, done = 0, 0
+    records, transmitted = [], None
+    baseline = torch.zeros((), device=device)
     if args.resume:
         state = load_checkpoint(out_dir / "checkpoint.pt", device, args)
         number, done, records, transmitted = state["number"], state["done"], state["records"], state["transmitted"]
@@ -435,7 +440,9 @@ def plot(path, curves, agents, data):
                 axis.axvline(end, color="0.85", zorder=0)
         axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
     top.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    (image, asked, _), states, engine = (x[-1:] for x in data.val_ood), [], agents["engine"][0]
+    image, asked, _ = (x[-1:] for x in data.val_ood)
+    engine = agents["engine"][0]
+    states = []
     engine.cells.register_forward_hook(lambda *call: states.append(call[-1].view(3, 3, -1).norm(dim=2).cpu()))
     program, _ = speak(agents["generator"][0], data, asked)
     answer = engine(image, program)[0].argmax()  # the states are the scene's, and the tokens', from right to left
