@@ -11,7 +11,7 @@ That makes answers right, not programs systematic. So there are generations: the
 generator learns it in few steps, a new engine learns to run what that one says, and these two learn jointly in turn.
 
     python nmn_iterated.py                the language, generation by generation
-    python nmn_iterated.py --compare      beside the same agents without generations, with equally many interactions
+    python nmn_iterated.py --compare      beside no generations, at equal interactions and at equal steps in all
 
 Differs from the paper: its sizes, rates, phase lengths, stem and Tensor-FiLM equations were not known to us, so these
 are ours; images are drawn anew, 600 a question, where its data have 56.
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.shapes_questions import QUESTIONS, TOKENS, WORDS, english, question_tensors
+from data.shapes_symmetries import symmetries, transform
 from data.shapes_syget import load_shapes
 
 END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the longest program, 7, and its <end>
@@ -81,8 +82,7 @@ def speak(generator, data, questions, forced=None, sampled=False):
         others = forced[:, :LENGTH, None] != torch.arange(len(TOKENS), device=questions.device)
         noise = noise.masked_fill(others & (forced[:, :LENGTH, None] >= 0), -math.inf)
     memory, state = generator.read(data.words[questions], data.lengths[questions])
-    token = torch.full_like(questions, START)
-    said = []
+    token, said = torch.full_like(questions, START), []
     for t in range(LENGTH):
         logits, state = generator.write(memory, state, token)
         token = (logits + noise[:, t]).argmax(-1)
@@ -196,7 +196,7 @@ class Engine(nn.Module):
         return self.classifier(states[-1].unflatten(1, (9, -1)).amax(1)), wellformed
 
 
-# -------- Loss
+# -------- Loss and evaluation
 
 def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, args):
     """(loss, right (B,)) of a batch: rows (B,) of the training set, or, in phase "generator", of what was transmitted.
@@ -208,6 +208,7 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
     else:
         images, questions, answers = (x[rows] for x in data.train)
         forced = data.programs[questions] if args.true_programs else torch.full_like(data.programs[questions], -1)
+        images, forced = transform(images, forced, data) if args.symmetries else (images, forced)
     given = given[:0] if phase == "engine" else given
     asked, forced = torch.cat([questions, given]), torch.cat([forced, data.programs[given]])
     with torch.set_grad_enabled(phase != "engine"):
@@ -222,13 +223,10 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
     return F.cross_entropy(logits, answers) + policy + supervised, right
 
 
-# -------- Evaluation
-
 @torch.no_grad()
 def evaluate(generator, engine, data, transmitted):
     """What is right on Val-IID and Val-OOD, of greedy programs; without a generator, of true ones."""
-    found = {}
-    programs = data.programs
+    found, programs = {}, data.programs
     if generator is not None:
         questions = torch.arange(len(QUESTIONS), device=data.words.device)
         programs, _ = speak(generator, data, questions)
@@ -240,6 +238,7 @@ def evaluate(generator, engine, data, transmitted):
         answers = torch.cat([engine(images, programs[asked])[0].argmax(1) == y for images, asked, y in batches])
         scores = dict(acc=answers.float(), program_acc=right[part], valid=valid[part])
         found |= {f"{split}_{name}": score.mean().item() for name, score in scores.items()}
+    found["program_acc"] = found["val_iid_program_acc"]
     if transmitted is not None:
         found["agreement"] = (programs[transmitted[0]] == transmitted[1]).all(1).float().mean().item()
     found["said"] = [f"{english(QUESTIONS[i])}: {' '.join(TOKENS[token] for token in programs[i] if token)}"
@@ -253,12 +252,11 @@ def replayed(step, device):
     """On CUDA, `step` as a graph from its fourth call on: launching kernels this small takes longer than they do."""
     if device.type != "cuda":
         return step
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    results = []
-    torch.cuda.synchronize()
+    side, graph, results = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
 
     def call():
         if len(results) < 3:  # warm, on a side stream, as capturing wants it
+            torch.cuda.synchronize()
             with torch.cuda.stream(side):
                 results.append(step())
             torch.cuda.synchronize()
@@ -303,17 +301,15 @@ def train(args, data, device, out_dir):
     phases = dict(interacting=args.interact_steps, generator=args.generator_steps, engine=args.engine_steps)
     schedule = [(g, phase, steps) for g in range(args.generations) for phase, steps in phases.items()
                 if phase == "interacting" or steps and g + 1 < args.generations]  # the last generation has no heirs
-    if args.true_programs:
-        schedule = [(0, "engine", args.interact_steps)]
+    schedule = [(0, "engine", args.interact_steps)] if args.true_programs else schedule
     torch.manual_seed(1_000_003 * args.seed)
     agents = {kind: new_agent(kind, args, device) for kind in ("generator", "engine")}
-    number, done = 0, 0
-    records, transmitted = [], None
+    number, done, records, transmitted = 0, 0, [], None
     baseline = torch.zeros((), device=device)
     if args.resume:
         state = load_checkpoint(out_dir / "checkpoint.pt", device, args)
         number, done, records, transmitted = state["number"], state["done"], state["records"], state["transmitted"]
-        began -= state["seconds"]
+        began -= records[-1]["seconds"]
         baseline.copy_(state["baseline"])
         for kind, saved in state["agents"].items():
             for part, content in zip(agents[kind], saved):
@@ -364,46 +360,49 @@ def train(args, data, device, out_dir):
                 found = evaluate(None if args.true_programs else generator, engine, data, transmitted)
                 records.append(dict(generation=generation, phase=phase, step=before[number] + t + 1, end=t + 1 == steps,
                                     interactions=interactions + (t + 1) * (phase == "interacting"),
-                                    train_acc=right.item(), **found))
+                                    seconds=time.time() - began, train_acc=right.item(), **found))
                 log.write(json.dumps(records[-1]) + "\n")
                 if last:
                     numbers = "  ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "said")
                     bar.write("\n    ".join([f"{generation} {phase:12}{numbers}", *found["said"]]))
+                saved = {kind: [part.state_dict() for part in agent] for kind, agent in agents.items()}
                 state = dict(args=vars(args), number=number, done=t + 1, records=records, transmitted=transmitted)
-                state["agents"] = {kind: [part.state_dict() for part in agent] for kind, agent in agents.items()}
-                save_checkpoint(out_dir / "checkpoint.pt", state | dict(baseline=baseline, seconds=time.time() - began))
+                save_checkpoint(out_dir / "checkpoint.pt", state | dict(agents=saved, baseline=baseline))
             if stop:
                 bar.close()
                 fail(f"interrupted; {out_dir / 'checkpoint.pt'} is saved, --resume goes on", status=130)
         done = 0
     bar.close()
     signal.signal(signal.SIGINT, previous)
-    last = {key: value for key, value in records[-1].items() if isinstance(value, float)}  # nothing is selected
-    return last | dict(program_acc=last["val_iid_program_acc"], seconds=time.time() - began), records, agents
+    return {key: value for key, value in records[-1].items() if isinstance(value, float)}, records, agents
 
 
 def compare(args, device, out_dir):
     """Both arms from the same images, weights and given programs: (metrics, {name: records of each seed}, the last data
-    and agents). A run has its folder; with --resume it goes on there, or is read, if it had ended."""
-    steps = args.generations * args.interact_steps
-    arms = {"no generations": dict(generations=1, interact_steps=steps), "iterated": {}}
-    runs, curves, rows = {name: [] for name in arms}, {name: [] for name in arms}, []
+    and agents). Without generations, as many steps are taken in all; what was there after as many interactions counts,
+    too. A run has its folder; with --resume it goes on there, or is read, if it had ended."""
+    equal = args.generations * args.interact_steps
+    steps = equal + (args.generations - 1) * (args.generator_steps + args.engine_steps)
+    curves, rows = {"no generations": [], "iterated": []}, []
     for seed in range(args.seed, args.seed + args.seeds):
         data = load(args, seed, device)
-        for name, changes in arms.items():
+        for name, changes in zip(curves, (dict(generations=1, interact_steps=steps), {})):
             folder = out_dir / f"{name} seed {seed}".replace(" ", "_")
             resume = args.resume and (folder / "checkpoint.pt").exists()
             arm = argparse.Namespace(**vars(args) | changes | dict(seed=seed, resume=resume))
-            metrics, records, agents = train(arm, data, device, folder)
-            runs[name].append([metrics[key] for key in REPORTED])
+            _, records, agents = train(arm, data, device, folder)
             curves[name].append(records)
-    runs = {name: torch.tensor(run, dtype=torch.float64) for name, run in runs.items()}         # (seeds, metrics)
-    runs["difference"] = runs["iterated"] - runs["no generations"]
+    long, iterated = curves.values()
+    runs = {"no generations, equal interactions": [next(r for r in run if r["interactions"] >= equal) for run in long],
+            "no generations, equal steps": [run[-1] for run in long], "iterated": [run[-1] for run in iterated]}
+    runs = {name: torch.tensor([[record[key] for key in REPORTED] for record in run], dtype=torch.float64)
+            for name, run in runs.items()}                                                      # (seeds, metrics)
+    for name in list(runs)[:2]:
+        runs[name.replace("no generations", "difference")] = runs["iterated"] - runs[name]
     for name, run in runs.items():
-        row = dict(name=name, seeds=args.seeds, runs=dict(zip(REPORTED, run.T.tolist())))
+        rows.append(dict(name=name, seeds=args.seeds, runs=dict(zip(REPORTED, run.T.tolist()))))
         for key, mean, std in zip(REPORTED, run.mean(0).tolist(), run.std(0, correction=args.seeds > 1).tolist()):
-            row.update({key: mean, f"{key}_std": std})
-        rows.append(row)
+            rows[-1].update({key: mean, f"{key}_std": std})
     return dict(rows=rows), curves, data, agents
 
 
@@ -416,7 +415,7 @@ def table(rows):
             mean, std = row[key], row[f"{key}_std"]
             half = T95[min(n - 2, len(T95) - 1)] * std / n ** 0.5
             paired = f"{mean:+.3f}" + f" ({mean - half:+.3f} to {mean + half:+.3f})" * (n > 1)
-            lines[-1].append(paired if row["name"] == "difference" else f"{mean:.3f} ± {std:.3f}")
+            lines[-1].append(paired if row["name"].startswith("difference") else f"{mean:.3f} ± {std:.3f}")
     heads = [f"seeds: {n}", "Val-IID answers", "Val-IID programs", "Val-OOD answers", "Val-OOD programs"]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * 5, *lines))
 
@@ -441,8 +440,7 @@ def plot(path, curves, agents, data):
         axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
     top.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     image, asked, _ = (x[-1:] for x in data.val_ood)
-    engine = agents["engine"][0]
-    states = []
+    engine, states = agents["engine"][0], []
     engine.cells.register_forward_hook(lambda *call: states.append(call[-1].view(3, 3, -1).norm(dim=2).cpu()))
     program, _ = speak(agents["generator"][0], data, asked)
     answer = engine(image, program)[0].argmax()  # the states are the scene's, and the tokens', from right to left
@@ -465,8 +463,7 @@ def fail(message, status=2):
 
 def parse_flags(argv):
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    parser = argparse.ArgumentParser(description="Iterated learning of module networks (arXiv 2105.01119).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="2105.01119", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     data = parser.add_argument_group("data").add_argument
     data("--data", choices=("generated", "published"), default="generated", help="images drawn anew, or the files")
@@ -485,6 +482,7 @@ def parse_flags(argv):
     optimisation("--engine_steps", type=int, default=2000, help="in which a new engine learns to run its programs")
     optimisation("--keep_engine", action="store_true", help="renew the generator alone")
     optimisation("--true_programs", action="store_true", help="no generator: the engine learns with true programs")
+    optimisation("--symmetries", action="store_true", help="with true programs: turn, mirror and recolour both alike")
     optimisation("--batch", type=int, default=128, help="images, or programs, a step")
     optimisation("--lr", type=float, default=1e-3, help="learning rate of AdamW")
     optimisation("--weight_decay", type=float, default=0.0, help="of AdamW")
@@ -505,6 +503,7 @@ def parse_flags(argv):
             *((not low <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}; allowed: {low} or more")
               for name, low in lowest.items()),
             (args.given > SEEN, f"--given {args.given}; allowed: {SEEN} or fewer"),
+            (args.symmetries and not args.true_programs, "--symmetries goes with --true_programs"),
             (args.compare and args.generations < 2, f"--compare --generations {args.generations}; allowed: 2 or more"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
@@ -514,7 +513,7 @@ def parse_flags(argv):
 
 
 def load(args, seed, device):
-    """On the device: train, val_iid, val_ood, each images (N, 9, 300) uint8, questions, answers; `question_tensors`."""
+    """On the device: train, val_iid, val_ood, each images (N, 9, 300) uint8, questions, answers; the tables."""
     try:
         splits = load_shapes(args.data, args.images, seed)
     except (OSError, ValueError) as error:
@@ -522,7 +521,8 @@ def load(args, seed, device):
     for name, (images, *rest) in splits.items():
         cells = images.unflatten(1, (3, 10)).unflatten(3, (3, 10)).transpose(2, 3).reshape(-1, 9, 300)
         splits[name] = [x.to(device) for x in (cells, *rest)]
-    return argparse.Namespace(**splits, **{name: x.to(device) for name, x in question_tensors().items()})
+    tables = question_tensors() | symmetries()
+    return argparse.Namespace(**splits, **{name: x.to(device) for name, x in tables.items()})
 
 
 def main(argv=None):
