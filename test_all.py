@@ -35,13 +35,12 @@ import data.densities
 import data.download
 import data.glyphs
 import data.mnist
-import data.shapes_questions as questions
-import data.shapes_syget as syget
 import data.text
 import flashsigmoid
 import hier_iwae
 import nmn_iterated
 import sigmoid_gpt
+from data import shapes_questions as questions, shapes_syget as syget
 from flashsigmoid import sigmoid_attention, sigmoid_attention_reference, tl, triton
 
 ROOT = Path(__file__).parent
@@ -589,8 +588,8 @@ class NMNIterated(unittest.TestCase):
             found, save = {}, nmn_iterated.save_checkpoint
             def spy(path, state):
                 save(path, state)
-                weights = {kind: torch.cat([x.flatten() for x in agent[0].values()]) for kind, agent in state["agents"].items()}
-                found[state["number"], state["done"]] = weights
+                now = {k: torch.cat([x.flatten() for x in agent[0].values()]) for k, agent in state["agents"].items()}
+                found[state["number"], state["done"]] = now
                 return sys.exit(9) if kill in found else None
             with mock.patch.object(nmn_iterated, "save_checkpoint", spy):
                 run(nmn_iterated.main, *self.TINY, out, *flags)
@@ -604,8 +603,7 @@ class NMNIterated(unittest.TestCase):
             press = lambda *x: signal.raise_signal(signal.SIGINT) or loss(*x)
             with mock.patch.object(nmn_iterated, "loss_of", press if kill == "Ctrl-C" else loss):
                 self.assertEqual(max(states(kill=kill)), (0, 1) if kill == "Ctrl-C" else kill)
-            end = states("--resume")[3, 4]
-            self.assertTrue(all(end[kind].equal(learning[3, 4][kind]) for kind in end), kill)
+            self.assertTrue(all(x.equal(learning[3, 4][kind]) for kind, x in states("--resume")[3, 4].items()), kill)
         for flags, words in (("--given 136", "136; allowed: 135"), ("--resume --width 9", "width 8 there, 9 here")):
             self.assertRegex(str(run(nmn_iterated.main, *self.TINY, out, *flags.split())), rf"^\(2, .*ERROR: .*{words}")
 
