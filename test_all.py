@@ -439,7 +439,7 @@ def linear(q, r, log_joint):
     def gaussian(rows):
         a, b, s = torch.tensor(rows, dtype=torch.float64)[..., None]                        # each (L, 1)
         return lambda x, c: (a + b * F.pad(x, (0, 1 - x.shape[-1]))[:, :, None], s.expand(len(x), x.shape[1], -1, 1))
-    return argparse.Namespace(encode=lambda x: x, q0=gaussian([[0], [0], [1]]), q=gaussian(q), r=gaussian(r),
+    return argparse.Namespace(encoder=lambda x: x, q0=gaussian([[0], [0], [1]]), q=gaussian(q), r=gaussian(r),
                               log_joint=lambda x, z: log_joint(z))
 
 
