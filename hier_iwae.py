@@ -229,35 +229,34 @@ def train(args, images, val, test, device, out_dir):
     tick, since = time.time(), first
     if images.is_cuda:
         torch.cuda.set_stream(torch.cuda.Stream(device))  # a graph can be recorded on any stream but the first
-    with tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1) as bar:
-        for step in range(first, args.steps):
-            lr = args.lr * min(1, (1 - step / args.steps) / 0.3)  # constant, then a straight line to zero
-            optimizer.param_groups[0]["lr"].fill_(lr)
-            torch.manual_seed(1_000_003 * args.seed + step)  # all noise depends on nothing else: resuming is exact
-            if images.is_cuda and step == first + 5:
-                graph = torch.cuda.CUDAGraph()  # to launch kernels this small takes longer than to run them
-                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                    update()
-                update = graph.replay
-            update()
-            bar.update()
-            if step + 1 < args.steps and (step + 1) % max(1, args.steps // 20) and not stop:
-                continue
-            train_bound = bound.item()  # waits for the device, so that the clock tells the truth
-            ms = 1000 * (time.time() - tick) / (step + 1 - since)
-            bar.set_postfix(bound=f"{train_bound:.3f}", refresh=False)
-            if not math.isfinite(train_bound):
-                bar.close()
-                fail(f"bound {train_bound} at step {step}, learning rate {lr:.2e}", status=1)
-            found = evaluate(model, val, args, 10 * args.k[0] if args.task == "images" else 60_000)
-            log.write(json.dumps(dict(step=step + 1, train_bound=train_bound, **found)) + "\n")
-            state = dict(args=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-            torch.save(state, out_dir / "part")
-            (out_dir / "part").replace(checkpoint)  # a kill in between leaves the old checkpoint whole
-            if stop:
-                bar.close()
-                fail(f"interrupted; {checkpoint} is saved, --resume goes on", status=130)
-            tick, since = time.time(), step + 1  # the clock leaves out evaluation
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=out_dir.name, mininterval=1)
+    for step in bar:
+        lr = args.lr * min(1, (1 - step / args.steps) / 0.3)  # constant, then a straight line to zero
+        optimizer.param_groups[0]["lr"].fill_(lr)
+        torch.manual_seed(1_000_003 * args.seed + step)  # all noise depends on nothing else: resuming is exact
+        if images.is_cuda and step == first + 5:
+            graph = torch.cuda.CUDAGraph()  # to launch kernels this small takes longer than to run them
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                update()
+            update = graph.replay
+        update()
+        if step + 1 < args.steps and (step + 1) % max(1, args.steps // 20) and not stop:
+            continue
+        train_bound = bound.item()  # waits for the device, so that the clock tells the truth
+        ms = 1000 * (time.time() - tick) / (step + 1 - since)
+        bar.set_postfix(bound=f"{train_bound:.3f}", refresh=False)
+        if not math.isfinite(train_bound):
+            bar.close()
+            fail(f"bound {train_bound} at step {step}, learning rate {lr:.2e}", status=1)
+        found = evaluate(model, val, args, 10 * args.k[0] if args.task == "images" else 60_000)
+        log.write(json.dumps(dict(step=step + 1, train_bound=train_bound, **found)) + "\n")
+        state = dict(args=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+        torch.save(state, out_dir / "part")
+        (out_dir / "part").replace(checkpoint)  # a kill in between leaves the old checkpoint whole
+        if stop:
+            bar.close()
+            fail(f"interrupted; {checkpoint} is saved, --resume goes on", status=130)
+        tick, since = time.time(), step + 1  # the clock leaves out evaluation
     signal.signal(signal.SIGINT, previous)
     metrics = evaluate(model, test, args, args.nll_samples)
     metrics |= dict(ms_per_step=ms, seconds=time.time() - began, seed=args.seed, steps=args.steps, **args.about)
@@ -306,7 +305,7 @@ def plot(path, rows):
             points = [row for row in rows if row["arm"] == arm]
             points = points if growth else points[0]["curve"]
             x, y, error = zip(*((p["k" if growth else "step"], p[name], p.get(f"{name}_std", 0)) for p in points))
-            ax.errorbar(x, y, error, label=arm, capsize=2 * growth)
+            ax.errorbar(x, y, error, label=arm)
         ax.set(xlabel="k" if growth else "step", ylabel=name, yscale="log" if "gap" in names else "linear")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
@@ -322,13 +321,12 @@ def draw(path, args, model, x):
         means = model.decoder(torch.cat([z[:, 0], torch.randn_like(z[:, 0])])).sigmoid()
         rows = torch.cat([x[:20], means]).view(3, 20, 28, 28).transpose(1, 2).reshape(3 * 28, 20 * 28)
         return image.imsave(path, rows.cpu(), cmap="gray_r")
-    colours = z0.norm(dim=-1).expand(z.shape[:2]).cpu()
     axis = torch.linspace(-5, 5, 200)
     density = model.target(torch.cartesian_prod(axis, axis)).exp().view(200, 200).T
     picture = figure.Figure(figsize=(3 * z.shape[1], 3.2), layout="constrained")
     for j, ax in enumerate(picture.subplots(1, z.shape[1], squeeze=False)[0]):
         ax.contour(axis, axis, density, colors="black", linewidths=0.5)
-        ax.scatter(*z[:, j].T.cpu(), c=colours[:, j], s=1, cmap="viridis")
+        ax.scatter(*z[:, j].T.cpu(), c=z0.expand(-1, z.shape[1], -1)[:, j].norm(dim=-1).cpu(), s=1, cmap="viridis")
         ax.set(title=f"proposal {j + 1}", xlim=(-5, 5), ylim=(-5, 5), aspect="equal")
     picture.savefig(path, dpi=150)
 
