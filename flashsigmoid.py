@@ -292,7 +292,7 @@ def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     o = torch.empty_like(q)
     rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
     with torch.cuda.device_of(q):
-        if D > 64 and (tier := hopper_tier(q.device, q.dtype, D)):
+        if tier := hopper_tier(q.device, q.dtype, D):
             tier.forward(q, k, v, o, rest)
             return o
         BM, BN, options = tile_shape("forward", q.device, q.dtype, D)
