@@ -111,7 +111,7 @@ class FlashSigmoid(unittest.TestCase):
             self.assertTrue(check(lambda *x: sigmoid_attention_reference(*x, *options), leaves))
 
     def test_kernels_against_float64(self):
-        lengths, dims = [1, 7, 33, 64, 130] + [1000, 2049] * CUDA, [16, 17, 20, 40, 64] + [128, 256] * CUDA
+        lengths, dims = [1, 7, 33, 64, 130] + [1100, 2049] * CUDA, [16, 17, 20, 40, 64] + [128, 256] * CUDA
         options = dict(dtype=[*TOLERANCE], Tq=lengths, Tk=lengths, D=dims, heads=[(2, 2), (4, 2), (3, 1)],
                        layout=[*LAYOUTS], bias=[0, 1], causal=[0, 1], alibi=[0, 1], k_lens=[None, (0, 1), (0.1, 0.6)],
                        tier=[flashsigmoid.hopper_tier, lambda *_: None])  # the portable kernels on Hopper, too
@@ -750,7 +750,7 @@ class Repository(unittest.TestCase):
         (sigmoid_gpt, "sigmoid_gpt_compare_h100.json"), (sigmoid_gpt, "sigmoid_gpt_speed_h100.json", sigmoid_gpt.COST)]
 
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 491, "flashsigmoid_hopper.py": 278, "sigmoid_gpt.py": 420, "byov.py": 487,
+        budgets = {"flashsigmoid.py": 491, "flashsigmoid_hopper.py": 293, "sigmoid_gpt.py": 420, "byov.py": 487,
                    "nmn_iterated.py": 558, "hier_iwae.py": 420, "test_all.py": 791}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
