@@ -226,6 +226,7 @@ TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline
     "dq": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
     "dkdv": {64: (64, 64, 4, 2), 128: (64, 128, 8, 3), 256: (32, 64, 4, 1)},
 }
+FEW = 1024  # up to so many queries or keys, or 32 times as many queries in all, D <= 64 wants small programs on Hopper
 compiled = {}  # kernels, by what their code depends on
 
 
@@ -291,8 +292,7 @@ def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     o = torch.empty_like(q)
     rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
     with torch.cuda.device_of(q):
-        tier = hopper_tier(q.device, q.dtype, D)
-        if tier and (D > 64 or min(Tq, Tk) > 1024):  # short narrow heads are faster in smaller programs
+        if (D > 64 or min(Tq, Tk) > FEW and B * H * Tq > 32 * FEW) and (tier := hopper_tier(q.device, q.dtype, D)):
             tier.forward(q, k, v, o, rest)
             return o
         BM, BN, options = tile_shape("forward", q.device, q.dtype, D)
