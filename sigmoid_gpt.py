@@ -64,7 +64,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(args.channels, args.channels, bias=False)
         D = args.channels // args.heads
         self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-5) if args.qk_norm else nn.Identity() for _ in range(2))
-        angle = torch.arange(2 * args.context)[:, None] * 10000 ** (-torch.arange(D // 2) / (D // 2))     # (T, D/2)
+        t = torch.arange(2 * args.context)  # beyond the context, too, for repeat_loss_beyond
+        angle = t[:, None] * 10000 ** (-torch.arange(D // 2) / (D // 2))                    # (2 * context, D/2)
         turn = torch.stack([angle.cos(), angle.sin()]) if args.pos == "rope" else None
         self.register_buffer("turn", turn, persistent=False)
         self.register_buffer("slopes", alibi_slopes(args.heads) if args.pos == "alibi" else None, persistent=False)
@@ -173,9 +174,9 @@ def load(path, args):
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume and --sample")
     state = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, args.device, weights_only=True)
     there = state.get("args", state)
-    differing = [f"{name} {there[name]} there, {getattr(args, name)} here"
-                 for name in (MODEL + TRAINING * args.compare) * args.resume if there[name] != getattr(args, name)]
-    if differing:
+    same = MODEL + TRAINING if args.compare else MODEL  # a comparison also reads runs that have ended
+    differing = [f"{x} {there[x]} there, {getattr(args, x)} here" for x in same if there[x] != getattr(args, x)]
+    if args.resume and differing:
         fail(f"--resume: {path} is another run: {'; '.join(differing)}")
     return state
 
@@ -194,7 +195,7 @@ def train(args, tokens, out_dir):
     if args.device == "cuda":
         torch.compiler.reset()  # forget the run before
         torch.cuda.reset_peak_memory_stats()
-        model = torch.compile(gpt, mode="reduce-overhead" if world == 1 else None)  # by CUDA graphs
+        model = torch.compile(gpt, mode="reduce-overhead" if world == 1 else None)  # CUDA graphs
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     groups = [dict(params=[p for p in gpt.parameters() if p.dim() > 1], weight_decay=args.weight_decay),
@@ -294,8 +295,7 @@ def table(rows, metrics=LEARNED):
     """The rows of comparisons, or the metrics of single runs, in Markdown. Flags that differ get a column."""
     flags = [key for key in MODEL[2:] + TRAINING if len({str(row[key]) for row in rows}) > 1]
     columns = {key: digits for key, digits in metrics.items() if all(key in row for row in rows)}
-    lines = [[*flags, "attention", *columns]]
-    lines.append(["---"] * len(lines[0]))
+    lines = [[*flags, "attention", *columns], ["---"] * (len(flags) + 1 + len(columns))]
     for row in rows:
         numbers = [f"{row[key]:,.{n}f}" + (f" ± {row[key + '_std']:,.{n}f}" if row.get("seeds", 1) > 1 else "")
                    for key, n in columns.items()]
