@@ -169,14 +169,14 @@ def save_checkpoint(path, state):
 
 
 def load(path, args):
-    """A checkpoint or the metrics of a run; with --resume only if it had the model and data of args."""
+    """A checkpoint or metrics; with --resume only of the same model and data, and, to compare, the same training."""
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume and --sample")
     state = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, args.device, weights_only=True)
     there = state.get("args", state)
-    same = MODEL + TRAINING if args.compare else MODEL  # a comparison also reads runs that have ended
+    same = (MODEL + TRAINING if args.compare else MODEL) if args.resume else []
     differing = [f"{x} {there[x]} there, {getattr(args, x)} here" for x in same if there[x] != getattr(args, x)]
-    if args.resume and differing:
+    if differing:
         fail(f"--resume: {path} is another run: {'; '.join(differing)}")
     return state
 
