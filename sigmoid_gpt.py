@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ TRAINING = "dropout steps batch lr warmup weight_decay".split()
 LEARNED = dict(val_loss=3, best_val_loss=3, repeat_loss=3, repeat_loss_beyond=3, attention_rms_init=2,
                attention_rms_early=2)  # what tables show of a run, with so many decimals
 COST = dict(tokens_per_s=0, peak_gib=1, seconds=0)
+warnings.filterwarnings("ignore", "Mismatch dtype")  # eager RMSNorm of bf16 by weights in fp32, in evaluation
 
 
 # -------- Model. B batch, T tokens, C channels, H heads, D = C / H.
@@ -330,9 +332,9 @@ def parse(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     parser.set_defaults(**DEFAULTS["cpu" if there[0] == "cpu" else "gpu"])
-    data = parser.add_argument_group("data").add_argument
+    groups = map(parser.add_argument_group, ("data", "model", "optimisation", "run"))
+    data, model, optimisation, run = (group.add_argument for group in groups)
     data("--data", nargs="+", metavar="NAME", help="shakespeare, python, or files and folders; None is what can be had")
-    model = parser.add_argument_group("model").add_argument
     model("--attn", choices=("sigmoid", "softmax"), default="sigmoid", help="attention")
     model("--attn_bias", type=float, help="b of sigmoid attention; None is -log of the context")
     model("--pos", choices=("alibi", "rope", "learned", "none"), default="alibi", help="position embedding")
@@ -343,13 +345,11 @@ def parse(argv):
     model("--heads", type=int, help="attention heads, of 16 to 256 channels each")
     model("--context", type=int, help="bytes a window")
     model("--dropout", type=float, help="after each branch")
-    optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--steps", type=int, help="optimiser steps of a run")
     optimisation("--batch", type=int, help="windows a step, over all processes")
     optimisation("--lr", type=float, help="peak learning rate of AdamW")
     optimisation("--warmup", type=int, default=100, help="steps of linear warm-up")
     optimisation("--weight_decay", type=float, help="decoupled, of matrices")
-    run = parser.add_argument_group("run").add_argument
     run("--compare", action="store_true", help="softmax, sigmoid, and sigmoid with b = 0, in one table")
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=1337, help="of weights, batches, dropout and sample")
