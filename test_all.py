@@ -744,7 +744,7 @@ class Repository(unittest.TestCase):
         (byov, "byov_compare_h100.json"), (byov, "byov_compare_cpu.json"),
         (hier_iwae, "hier_iwae_compare_loggamma_cpu.json"), (hier_iwae, "hier_iwae_compare_u2_cpu.json"),
         (hier_iwae, "hier_iwae_compare_mnist_h100.json"),
-        (sigmoid_gpt, "sigmoid_gpt_compare_rope_cpu.json sigmoid_gpt_compare_alibi_cpu.json"),
+        (sigmoid_gpt, " ".join(f"sigmoid_gpt_compare_{arm}_cpu.json" for arm in ("rope", "no_qk", "alibi"))),
         (sigmoid_gpt, "sigmoid_gpt_compare_h100.json"), (sigmoid_gpt, "sigmoid_gpt_speed_h100.json", sigmoid_gpt.COST),
         (sigmoid_gpt, "sigmoid_gpt_norms_h100.json"), (sigmoid_gpt, "sigmoid_gpt_lr_h100.json"),
         (sigmoid_gpt, "sigmoid_gpt_torchrun_h100.json", dict(val_loss=3, tokens_per_s=0, peak_gib=1))]
