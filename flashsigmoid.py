@@ -17,7 +17,6 @@ Two kernels do everything on any GPU; flashsigmoid_hopper.py, if there, is faste
 import argparse
 import contextlib
 import functools
-import importlib.util
 import json
 import math
 import sys
@@ -227,6 +226,7 @@ TILES = {  # pass: {D, padded to a power of two: (queries, keys, warps, pipeline
     "dq": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
     "dkdv": {64: (64, 64, 4, 2), 128: (64, 128, 8, 3), 256: (32, 64, 4, 1)},
 }
+FEW = 1024  # up to so many queries or keys, or 32 times as many queries in all, D <= 64 wants small programs on Hopper
 compiled = {}  # kernels, by what their code depends on
 
 
@@ -292,7 +292,7 @@ def launch_forward(q, k, v, bias, slopes, k_lens, b, scale, is_causal):
     o = torch.empty_like(q)
     rest = bias, slopes, k_lens, b, scale, H, Tq, Tk, H // Hk, is_causal
     with torch.cuda.device_of(q):
-        if D > 64 and (tier := hopper_tier(q.device, q.dtype, D)):
+        if (D > 64 or min(Tq, Tk) > FEW and B * H * Tq > 32 * FEW) and (tier := hopper_tier(q.device, q.dtype, D)):
             tier.forward(q, k, v, o, rest)
             return o
         BM, BN, options = tile_shape("forward", q.device, q.dtype, D)
@@ -451,7 +451,7 @@ def benchmark():
     sdpa = F.scaled_dot_product_attention
     peers = {"ours": (sigmoid_attention, SDPBackend.MATH), "FlashAttention-2": (sdpa, SDPBackend.FLASH_ATTENTION),
              "cuDNN": (sdpa, SDPBackend.CUDNN_ATTENTION)}
-    if importlib.util.find_spec("flash_attn_interface"):
+    with contextlib.suppress(ImportError):  # where that is installed
         from flash_attn_interface import flash_attn_func
         peers["FlashAttention-3"] = (lambda q, k, v, is_causal: flash_attn_func(
             *(x.transpose(1, 2) for x in (q, k, v)), causal=is_causal).transpose(1, 2), SDPBackend.MATH)

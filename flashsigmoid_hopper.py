@@ -1,12 +1,13 @@
 """
-FlashSigmoid on Hopper: the forward pass of flashsigmoid.py for 16-bit heads of 65 to 128 channels and its backward pass
-for 33 to 128, faster, in Gluon, Triton's lower level.
+FlashSigmoid on Hopper: the forward and the backward pass of flashsigmoid.py for 16-bit heads of 33 to 128 channels,
+faster, in Gluon, Triton's lower level.
 
-In both, one warp loads tiles into a ring of four while two groups of four warps multiply. Forward, a group owns 64
-queries, and while the tensor cores multiply the weights of a tile by its values, it turns the scores of the next into
-weights. Backward, a group owns 64 keys, and one kernel makes all three gradients: 5 products a tile where two kernels
-make 7. dQ is a sum over programs, which the copy engine adds in fp32, in any order: the last bits may differ between
-equal calls. torch.use_deterministic_algorithms(True) selects the portable kernels, as does a bias that is a tensor.
+In both, one warp loads tiles into a ring while groups of four warps multiply. Forward, each of three groups (four for
+up to 64 channels) owns 64 queries, and while the tensor cores multiply the weights of a tile by its values, it turns
+the scores of the next into weights. Backward, each of two groups owns 64 keys, and one kernel makes all gradients: 5
+products a tile where two kernels make 7. dQ is a sum over programs, which the copy engine adds in fp32, in any order:
+the last bits may differ between equal calls. torch.use_deterministic_algorithms(True) selects the portable kernels, as
+does a bias that is a tensor.
 """
 import math
 
@@ -73,8 +74,9 @@ def stream(X, Y, b, h, heads: gl.constexpr, first, end, ring, full, free):
 
 @gluon.jit
 def load_forward(Q, K, V, b, h, hk, m, end, q_tiles, ring, q_full, full, free):
-    mbarrier.expect(q_full.index(0), 2 * Q.block_type.nbytes)
-    for group in gl.static_range(2):
+    GROUPS: gl.constexpr = q_tiles.shape[0]
+    mbarrier.expect(q_full.index(0), GROUPS * Q.block_type.nbytes)
+    for group in gl.static_range(GROUPS):
         tma_load(Q, [b, h, m + group * Q.block_shape[2], 0], q_full.index(0), q_tiles.index(group))
     stream(K, V, b, hk, 1, 0, end, ring, full, free)
 
@@ -92,6 +94,11 @@ def attend(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr, HIDE:
     slope = slope if ALIBI else None
     i = (row + offset + gl.arange(0, BM, gl.SliceLayout(1, SCORES)))[:, None]
     j = gl.arange(0, BN, gl.SliceLayout(0, SCORES))[None, :]
+    tiles = tl.cdiv(end, BN)
+    if CAUSAL:  # the keys that this group sees
+        whole, end = key_range(row + offset, k_len, BM, BN, CAUSAL, HIDE)
+        end = tl.maximum(end, 1)
+    seen = tl.cdiv(end, BN)
     o, zeros = gl.zeros([BM, D], gl.float32, OUT), gl.zeros([BM, BN], gl.float32, SCORES)
     wait(q_full, 0)
     q = tile(q_tiles, group)
@@ -102,22 +109,24 @@ def attend(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr, HIDE:
     p, z = weights(s, i, j, k_len, scale, bias, slope, CAUSAL, whole < BN if HIDE else False, False, False)
     p = gl.convert_layout(narrow(p, O.dtype), LEFT)
     wait(full, 1)
-    tiles = tl.cdiv(end, BN)
-    for t in range(1, tiles):
+    for t in range(1, seen):
         wait(full, 2 * t)
         s = warpgroup_mma(q, tile(ring, 2 * t).permute([1, 0]), zeros, use_acc=False, is_async=True)
         o = warpgroup_mma(p, tile(ring, 2 * t - 1), o, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(free.index(2 * t % ring.shape[0]))
         masked = (t + 1) * BN > whole if HIDE else False
-        p_next, z = weights(s, i, t * BN + j, k_len, scale, bias, slope, CAUSAL, masked, False, False)
-        p_next = gl.convert_layout(narrow(p_next, O.dtype), LEFT)
+        w, z = weights(s, i, t * BN + j, k_len, scale, bias, slope, CAUSAL, masked, False, False)
         wait(full, 2 * t + 1)  # before the next wait, so that the compiler keeps the weights before it, too
         o = warpgroup_mma_wait(0, deps=[o])
         mbarrier.arrive(free.index((2 * t - 1) % ring.shape[0]))
-        p = p_next
-    o = warpgroup_mma(p, tile(ring, 2 * tiles - 1), o, is_async=True)
+        p = gl.convert_layout(narrow(w, O.dtype), LEFT)  # only now, into the registers that the last p has left
+    o = warpgroup_mma(p, tile(ring, 2 * seen - 1), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=[o])
+    if CAUSAL:
+        for u in range(2 * seen - 1, 2 * tiles):  # the others are for the groups below
+            wait(full, u)
+            mbarrier.arrive(free.index(u % ring.shape[0]))
     q.store(o.to(O.dtype))
     fence_async_shared()
     tma_store(O, [b, h, row, 0], q_tiles.index(group))
@@ -126,25 +135,31 @@ def attend(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr, HIDE:
 
 @gluon.jit
 def forward_kernel(Q, K, V, O, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: gl.constexpr, CAUSAL: gl.constexpr):
-    """O = P V for 128 queries."""
+    """O = P V for 192 queries, or 256 where D <= 64: as many groups as there are registers for."""
     BM: gl.constexpr = Q.block_shape[2]
     BN: gl.constexpr = K.block_shape[2]
     D: gl.constexpr = Q.block_shape[3]
     ALIBI: gl.constexpr = Slopes is not None
     HIDE: gl.constexpr = CAUSAL or Lens is not None
-    m, h, b = place(2 * BM, Tq, H, True)
+    GROUPS: gl.constexpr = 3 if D > 64 else 4
+    m, h, b = place(GROUPS * BM, Tq, H, True)
     bias, slope = entry(Bias, h, bias), entry(Slopes, h, 0.0)
     k_len = tl.minimum(entry(Lens, b, Tk), Tk)
-    whole, end = key_range(m + Tk - Tq, k_len, 2 * BM, BN, CAUSAL, HIDE)
+    whole, end = key_range(m + Tk - Tq, k_len, GROUPS * BM, BN, CAUSAL, HIDE)
     end = tl.maximum(end, 1)  # one tile, for rows that see no key
-    q_tiles = gl.allocate_shared_memory(Q.dtype, [2, 1, 1, BM, D], Q.layout)
-    ring = gl.allocate_shared_memory(K.dtype, [4, 1, 1, BN, D], K.layout)
-    q_full, full, free = barriers(1, 1), barriers(4, 1), barriers(4, 2)
+    q_tiles = gl.allocate_shared_memory(Q.dtype, [GROUPS, 1, 1, BM, D], Q.layout)
+    ring = gl.allocate_shared_memory(K.dtype, [2 * GROUPS, 1, 1, BN, D], K.layout)
+    q_full, full, free = barriers(1, 1), barriers(2 * GROUPS, 1), barriers(2 * GROUPS, GROUPS)
     fence_async_shared()
     rest = (O, b, h, m, Tk - Tq, end, whole, k_len, scale, bias, slope, q_tiles, ring, q_full, full, free)
-    gl.warp_specialize([(attend, (0, ALIBI, CAUSAL, HIDE, rest)), (attend, (1, ALIBI, CAUSAL, HIDE, rest)),
-                        (load_forward, (Q, K, V, b, h, h // G, m, end, q_tiles, ring, q_full, full, free))],
-                       [4, 1], [240, 24])
+    loads = Q, K, V, b, h, h // G, m, end, q_tiles, ring, q_full, full, free
+    if GROUPS == 3:
+        gl.warp_specialize([(attend, (0, ALIBI, CAUSAL, HIDE, rest)), (attend, (1, ALIBI, CAUSAL, HIDE, rest)),
+                            (attend, (2, ALIBI, CAUSAL, HIDE, rest)), (load_forward, loads)], [4, 4, 1], [160, 160, 24])
+    else:
+        gl.warp_specialize([(attend, (0, ALIBI, CAUSAL, HIDE, rest)), (attend, (1, ALIBI, CAUSAL, HIDE, rest)),
+                            (attend, (2, ALIBI, CAUSAL, HIDE, rest)), (attend, (3, ALIBI, CAUSAL, HIDE, rest)),
+                            (load_forward, loads)], [4, 4, 4, 1], [112, 112, 112, 24])
 
 
 # -------- Backward. Scores stand as (keys, queries). Each group stores its part of dS, in one of two places in turn,
@@ -265,8 +280,8 @@ def descriptor(base, **fields):
 
 def forward(q, k, v, o, rest):
     B, H, Tq, D = q.shape
-    launch(forward_kernel, B * H * math.ceil(Tq / 128), ((q, 64), (k, 128), (v, 128), (o, 64)), rest, descriptor,
-           num_warps=4)
+    programs = B * H * math.ceil(Tq / (192 if D > 64 else 256))
+    launch(forward_kernel, programs, ((q, 64), (k, 64), (v, 64), (o, 64)), rest, descriptor, num_warps=4)
 
 
 def backward(do, q, k, v, dq, dk, dv, rest):

@@ -94,6 +94,7 @@ class HIWAE(nn.Module):
         self.target = TARGETS[args.target] if args.task == "density" else None
         if self.target:
             self.log_z = log_normaliser(self.target, d)
+            self.encoder = lambda x: x.new_ones(len(x), 1)  # a density has no x: (N, 0) -> (N, 1)
             return
         conv, twice = (lambda i, o, stride=1: nn.Conv2d(i, o, 3, stride, padding=1)), nn.Upsample(scale_factor=2)
         self.encoder = nn.Sequential(
@@ -104,10 +105,6 @@ class HIWAE(nn.Module):
             Residual(conv, 32, 32), Residual(conv, 32, 32), nn.ZeroPad2d((0, -1, 0, -1)), twice,
             Residual(conv, 32, 16), Residual(conv, 16, 16), conv(16, 4), nn.PixelShuffle(2))        # (N, 1, 28, 28)
         nn.init.constant_(self.decoder[-2].bias, -3)  # most pixels are black
-
-    def encode(self, x):
-        """x (N, 1, 28, 28), or (N, 0) for a density -> context (N, C)."""
-        return x.new_ones(len(x), 1) if self.target else self.encoder(x)
 
     def log_joint(self, x, z):
         """log p(x, z) of z (N, k, d): (N, k)."""
@@ -135,7 +132,7 @@ def log_weights(model, x, args):
     sum_j v_j dlog q0(z0) = dlog q0(z0), in expectation 0, that of q_j is in expectation (v_j - v_j^2) dlog w_j/dz_j
     (Tucker et al., arXiv 1810.04152), so that v_j multiplies once more what passes through z_j, and z_j alone."""
     N, k = len(x), args.k[0]
-    c = model.encode(x)[:, None]                                                            # (N, 1, C)
+    c = model.encoder(x)[:, None]                                                           # (N, 1, C)
     m0, s0 = (own(t) for t in model.q0(c[..., :0], c))                                      # (N, 1, d0)
     z0 = m0 + s0 * torch.randn(N, 1 if args.proposal == "joint" else k, m0.shape[-1], device=c.device, dtype=c.dtype)
     mean, std = model.q(z0, c)                                                              # (N, J, L, d)
@@ -160,18 +157,16 @@ def log_weights(model, x, args):
 def statistics(log_w):
     """Means over N images, each with R draws of k weights log_w (N, R, k). Of Var(p_hat / p), variance_part and
     covariance_part are the sums over i = j and i != j of Cov(w_i, w_j) / (k p)^2."""
-    log_w = log_w.to("cpu", torch.float64)
+    log_w = (log_w.cpu() if log_w.is_mps else log_w).double()
     N, R, k = log_w.shape
     log_p = log_w.flatten(1).logsumexp(1) - math.log(R * k)                                 # (N,)
     log_p_hat = log_w.logsumexp(2) - math.log(k)                                            # (N, R)
-    w, v = (log_w - log_p[:, None, None]).exp() / k, log_w.softmax(2)
-    w = w - w.mean(1, keepdim=True)
-    std = w.std(1).clamp(min=1e-30)                                                         # (N, k)
-    between = w.mT @ w / (R - 1) * (1 - torch.eye(k))                                       # (N, k, k), covariances
-    correlation = (between / (std[:, :, None] * std[:, None])).sum((1, 2)) / max(1, k * k - k)
-    found = dict(bound=log_p_hat, nll=-log_p, var_log_p_hat=log_p_hat.var(1), variance_part=std.square().sum(1),
-                 covariance_part=between.sum((1, 2)), correlation=correlation,
-                 ess=1 / v.square().sum(2), largest_weight=v.amax(2))
+    w = (log_w - log_p[:, None, None]).exp() / k                                            # their sum is p_hat / p
+    v = log_w.softmax(2)
+    pairs = lambda w: w.sum(2).var(1) - w.var(1).sum(1)  # by how much the variance of a sum is that of independent ones
+    found = dict(bound=log_p_hat, nll=-log_p, var_log_p_hat=log_p_hat.var(1), variance_part=w.var(1).sum(1),
+                 covariance_part=pairs(w), ess=1 / v.square().sum(2), largest_weight=v.amax(2),
+                 correlation=pairs(w / w.std(1, keepdim=True).clamp(min=1e-30)) / max(1, k * k - k))
     return {name: value.mean().item() for name, value in found.items()}
 
 
@@ -179,7 +174,8 @@ def statistics(log_w):
 def evaluate(model, x, args, samples):
     """Statistics of `samples` importance samples for each of x (N, ...), always the same noise; a density has one x."""
     torch.manual_seed(0)
-    repeats, rows = samples // args.k[0], max(1, (20_000 if x.is_cuda or model.target else 500) // args.k[0])
+    repeats = samples // args.k[0]
+    rows = max(1, (20_000 if x.is_cuda or model.target else 500) // args.k[0])
     x, repeats = (x.new_zeros(repeats, 0), 1) if model.target else (x, repeats)
     draws = [torch.cat([log_weights(model, some, args)[0] for some in x.split(rows)]) for _ in range(repeats)]
     found = statistics(torch.stack(draws, 0 if model.target else 1))                        # (1, N, k) or (N, R, k)
@@ -190,16 +186,17 @@ def evaluate(model, x, args, samples):
 
 # -------- Training
 
-def train(args, data, device, out_dir):
-    """Train on data, (train, validation, test) images, empty for a density; out_dir gets checkpoint.pt, log.jsonl and
+def train(args, images, val, test, device, out_dir):
+    """Train on images, validate and test on others, all empty for a density; out_dir gets checkpoint.pt, log.jsonl and
     metrics.json. Returns (model, metrics); of a run that is resumed and had finished, what is there."""
-    began, cuda, first = time.time(), device.type == "cuda", 0
+    began = time.time()
     checkpoint, finished = out_dir / "checkpoint.pt", out_dir / "metrics.json"
+    first = 0
     torch.backends.cudnn.deterministic = True  # equal seeds, equal runs; other algorithms are no faster here
     torch.manual_seed(args.seed)
     model = HIWAE(args).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(args.lr, device=device), capturable=cuda,
-                                 fused=device.type != "mps")
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(args.lr, device=device), fused=not images.is_mps,
+                                 capturable=images.is_cuda)
     if args.resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         if differing := [f"{name} {state['args'][name]} there, {getattr(args, name)} here" for name in SAME
@@ -214,7 +211,6 @@ def train(args, data, device, out_dir):
     finished.unlink(missing_ok=True)
     log = open(out_dir / "log.jsonl", "a" if args.resume else "w", buffering=1)
     log.write(json.dumps(dict(config=vars(args))) + "\n")
-    images, val, test = data
     bound = torch.zeros((), device=device)
 
     def update():
@@ -229,38 +225,38 @@ def train(args, data, device, out_dir):
 
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    step_once, every, ms, tick, since = update, max(1, args.steps // 20), 0.0, time.time(), first
-    if cuda:
+    ms = 0.0
+    tick, since = time.time(), first
+    if images.is_cuda:
         torch.cuda.set_stream(torch.cuda.Stream(device))  # a graph can be recorded on any stream but the first
-    with tqdm(total=args.steps, initial=first, desc=out_dir.name, mininterval=1) as bar:
-        for step in range(first, args.steps):
-            lr = args.lr * min(1, (1 - step / args.steps) / 0.3)  # constant, then a straight line to zero
-            optimizer.param_groups[0]["lr"].fill_(lr)
-            torch.manual_seed(1_000_003 * args.seed + step)  # all noise depends on nothing else: resuming is exact
-            if cuda and step == first + 5:  # one CUDA graph: to launch kernels this small takes longer than to run them
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                    update()
-                step_once = graph.replay
-            step_once()
-            bar.update()
-            if step + 1 < args.steps and (step + 1) % every and not stop:
-                continue
-            train_bound = bound.item()  # waits for the device, so that the clock tells the truth
-            ms = 1000 * (time.time() - tick) / (step + 1 - since)
-            bar.set_postfix(bound=f"{train_bound:.3f}", refresh=False)
-            if not math.isfinite(train_bound):
-                bar.close()
-                fail(f"bound {train_bound} at step {step}, learning rate {lr:.2e}", status=1)
-            found = evaluate(model, val, args, 10 * args.k[0] if args.task == "images" else 60_000)
-            log.write(json.dumps(dict(step=step + 1, train_bound=train_bound, **found)) + "\n")
-            state = dict(args=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-            torch.save(state, out_dir / "part")
-            (out_dir / "part").replace(checkpoint)  # a kill in between leaves the old checkpoint whole
-            if stop:
-                bar.close()
-                fail(f"interrupted; {checkpoint} is saved, --resume goes on", status=130)
-            tick, since = time.time(), step + 1  # the clock leaves out evaluation
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=out_dir.name, mininterval=1)
+    for step in bar:
+        lr = args.lr * min(1, (1 - step / args.steps) / 0.3)  # constant, then a straight line to zero
+        optimizer.param_groups[0]["lr"].fill_(lr)
+        torch.manual_seed(1_000_003 * args.seed + step)  # all noise depends on nothing else: resuming is exact
+        if images.is_cuda and step == first + 5:
+            graph = torch.cuda.CUDAGraph()  # to launch kernels this small takes longer than to run them
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                update()
+            update = graph.replay
+        update()
+        if step + 1 < args.steps and (step + 1) % max(1, args.steps // 20) and not stop:
+            continue
+        train_bound = bound.item()  # waits for the device, so that the clock tells the truth
+        ms = 1000 * (time.time() - tick) / (step + 1 - since)
+        bar.set_postfix(bound=f"{train_bound:.3f}", refresh=False)
+        if not math.isfinite(train_bound):
+            bar.close()
+            fail(f"bound {train_bound} at step {step}, learning rate {lr:.2e}", status=1)
+        found = evaluate(model, val, args, 10 * args.k[0] if args.task == "images" else 60_000)
+        log.write(json.dumps(dict(step=step + 1, train_bound=train_bound, **found)) + "\n")
+        state = dict(args=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+        torch.save(state, out_dir / "part")
+        (out_dir / "part").replace(checkpoint)  # a kill in between leaves the old checkpoint whole
+        if stop:
+            bar.close()
+            fail(f"interrupted; {checkpoint} is saved, --resume goes on", status=130)
+        tick, since = time.time(), step + 1  # the clock leaves out evaluation
     signal.signal(signal.SIGINT, previous)
     metrics = evaluate(model, test, args, args.nll_samples)
     metrics |= dict(ms_per_step=ms, seconds=time.time() - began, seed=args.seed, steps=args.steps, **args.about)
@@ -278,9 +274,8 @@ def compare(args, data, device, out_dir):
         runs = []
         for seed in range(args.seed, args.seed + args.seeds):
             folder = out_dir / f"{arm}_k{k}_seed{seed}".replace(":", "_")
-            runs.append(train(argparse.Namespace(**vars(args) | flags | dict(seed=seed)), data, device, folder)[1])
-        log = [json.loads(line) for line in open(folder / "log.jsonl")]
-        curve = [(line["step"], line["bound"], line["var_log_p_hat"]) for line in log if "step" in line]
+            runs.append(train(argparse.Namespace(**vars(args) | flags | dict(seed=seed)), *data, device, folder)[1])
+        curve = [line for line in map(json.loads, open(folder / "log.jsonl")) if "step" in line]
         rows.append(dict(name=f"{arm}, k = {k}", arm=arm, k=k, seeds=args.seeds, runs=runs, curve=curve))
         for key in (key for key, value in runs[0].items() if isinstance(value, float)):
             values = torch.tensor([run[key] for run in runs], dtype=torch.float64)
@@ -300,35 +295,40 @@ def table(rows):
 
 
 def plot(path, rows):
-    """Bound, or gap of a density, and Var(log p_hat) over the steps; or over k, if there are several, of images NLL."""
+    """Bound and NLL, of a density gap and Var(log p_hat): over k, if there are several, or over the steps."""
     from matplotlib.figure import Figure
-    figure, density = Figure(figsize=(9, 3.2), layout="constrained"), "gap" in rows[0]
-    axes, growth = figure.subplots(1, 2), len({row["k"] for row in rows}) > 1
-    names = "gap" if density else "bound", "nll" if growth and not density else "var_log_p_hat"
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        points = [(row["k"], row["bound"], row[names[1]]) for row in rows if row["arm"] == arm]
-        x, bounds, others = zip(*(points if growth else next(row["curve"] for row in rows if row["arm"] == arm)))
-        axes[0].plot(x, [-bound if density else bound for bound in bounds], "o-" if growth else "-", label=arm)
-        axes[1].plot(x, others, "o-" if growth else "-")
-    for ax, name in zip(axes, names):
-        ax.set(xlabel="k" if growth else "step", ylabel=name, yscale="log" if density else "linear")
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    names = ("gap", "var_log_p_hat") if "gap" in rows[0] else ("bound", "nll")
+    growth = len({row["k"] for row in rows}) > 1
+    for ax, name in zip(figure.subplots(1, 2), names):
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            points = [row for row in rows if row["arm"] == arm]
+            points = points if growth else points[0]["curve"]
+            x, y, error = zip(*((p["k" if growth else "step"], p[name], p.get(f"{name}_std", 0)) for p in points))
+            ax.errorbar(x, y, error, label=arm)
+        ax.set(xlabel="k" if growth else "step", ylabel=name, yscale="log" if "gap" in names else "linear")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
 @torch.no_grad()
-def scatter(path, args, model, x):
-    """How the proposals share the work: samples of each q_j, coloured by |z0|, on the contours of a plane density."""
-    from matplotlib.figure import Figure
-    _, (z0, z), _ = log_weights(model, x.new_zeros(3000, 0), args)
-    axis, colours = torch.linspace(-5, 5, 200), z0.norm(dim=-1).expand(z.shape[:2]).cpu()
+def draw(path, args, model, x):
+    """Of a plane density how the proposals share the work: samples of each q_j, coloured by |z0|, on its contours.
+    Of images x twenty, their reconstructions, and twenty new ones, a row each."""
+    from matplotlib import figure, image
+    _, (z0, z), _ = log_weights(model, x.new_zeros(3000, 0) if model.target else x[:20], args)
+    if not model.target:
+        means = model.decoder(torch.cat([z[:, 0], torch.randn_like(z[:, 0])])).sigmoid()
+        rows = torch.cat([x[:20], means]).view(3, 20, 28, 28).transpose(1, 2).reshape(3 * 28, 20 * 28)
+        return image.imsave(path, rows.cpu(), cmap="gray_r")
+    axis = torch.linspace(-5, 5, 200)
     density = model.target(torch.cartesian_prod(axis, axis)).exp().view(200, 200).T
-    figure = Figure(figsize=(3 * z.shape[1], 3.2), layout="constrained")
-    for j, ax in enumerate(figure.subplots(1, z.shape[1], squeeze=False)[0]):
+    picture = figure.Figure(figsize=(3 * z.shape[1], 3.2), layout="constrained")
+    for j, ax in enumerate(picture.subplots(1, z.shape[1], squeeze=False)[0]):
         ax.contour(axis, axis, density, colors="black", linewidths=0.5)
-        ax.scatter(*z[:, j].T.cpu(), c=colours[:, j], s=1, cmap="viridis")
+        ax.scatter(*z[:, j].T.cpu(), c=z0.expand(-1, z.shape[1], -1)[:, j].norm(dim=-1).cpu(), s=1, cmap="viridis")
         ax.set(title=f"proposal {j + 1}", xlim=(-5, 5), ylim=(-5, 5), aspect="equal")
-    figure.savefig(path, dpi=150)
+    picture.savefig(path, dpi=150)
 
 
 # -------- Arguments
@@ -379,7 +379,7 @@ def parse(argv):
              f"--k {' '.join(map(str, args.k))}; allowed: 1 or more, several only with --compare"),
             (args.grad == "dreg" and (args.weights != "uniform" or args.proposal in ("iid", "independent")),
              "--grad dreg; allowed: with uniform weights and a joint or gaussian proposal, where it is unbiased"),
-            (args.plot and not args.compare and args.latent != 2, "--plot; allowed: in the plane, or with --compare"),
+            (args.plot and not args.compare and args.latent == 1, "--plot; allowed: images, plane densities, compare"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
         if wrong:
@@ -409,10 +409,10 @@ def main(argv=None):
         (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
         print(table(result["rows"]))
     else:
-        model, result = train(args, data, device, out_dir)
+        model, result = train(args, *data, device, out_dir)
         print("\n".join(f"{key:24}{value}" for key, value in result.items()))
     if args.plot:
-        plot(args.plot, result["rows"]) if args.compare else scatter(args.plot, args, model, data[0])
+        plot(args.plot, result["rows"]) if args.compare else draw(args.plot, args, model, data[2])
     return result
 
 

@@ -125,7 +125,7 @@ class FlashSigmoid(unittest.TestCase):
             bias = torch.linspace(-9, 6, H, device=DEVICE) if bias else None
             slopes = torch.linspace(0.3, 1, H, device=DEVICE) / max(Tq, Tk) if alibi else None  # no underflow in fp16
             k_lens = k_lens and torch.tensor([int(part * Tk) for part in k_lens], device=DEVICE)
-            with self.subTest(**case), mock.patch.object(flashsigmoid, "hopper_tier", tier):
+            with self.subTest(**case), mock.patch.multiple(flashsigmoid, hopper_tier=tier, FEW=0):
                 errors = row_errors(q, k, v, 16 * do, bias, is_causal=causal, alibi_slopes=slopes, k_lens=k_lens)
                 self.assertTrue(all(error < TOLERANCE[dtype] for error in errors.values()), errors)
 
@@ -437,7 +437,7 @@ def linear(q, r, log_joint):
     def gaussian(rows):
         a, b, s = torch.tensor(rows, dtype=torch.float64)[..., None]                        # each (L, 1)
         return lambda x, c: (a + b * F.pad(x, (0, 1 - x.shape[-1]))[:, :, None], s.expand(len(x), x.shape[1], -1, 1))
-    return argparse.Namespace(encode=lambda x: x, q0=gaussian([[0], [0], [1]]), q=gaussian(q), r=gaussian(r),
+    return argparse.Namespace(encoder=lambda x: x, q0=gaussian([[0], [0], [1]]), q=gaussian(q), r=gaussian(r),
                               log_joint=lambda x, z: log_joint(z))
 
 
@@ -750,7 +750,7 @@ class Repository(unittest.TestCase):
         (sigmoid_gpt, "sigmoid_gpt_torchrun_h100.json", dict(val_loss=3, tokens_per_s=0, peak_gib=1))]
 
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 491, "flashsigmoid_hopper.py": 278, "sigmoid_gpt.py": 420, "byov.py": 487,
+        budgets = {"flashsigmoid.py": 491, "flashsigmoid_hopper.py": 293, "sigmoid_gpt.py": 420, "byov.py": 487,
                    "nmn_iterated.py": 558, "hier_iwae.py": 420, "test_all.py": 791}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
