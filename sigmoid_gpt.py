@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ TRAINING = "dropout steps batch lr warmup weight_decay".split()
 LEARNED = dict(val_loss=3, best_val_loss=3, repeat_loss=3, repeat_loss_beyond=3, attention_rms_init=2,
                attention_rms_early=2)  # what tables show of a run, with so many decimals
 COST = dict(tokens_per_s=0, peak_gib=1, seconds=0)
+warnings.filterwarnings("ignore", "Mismatch dtype")  # eager RMSNorm of bf16 by weights in fp32, in evaluation
 
 
 # -------- Model. B batch, T tokens, C channels, H heads, D = C / H.
@@ -64,7 +66,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(args.channels, args.channels, bias=False)
         D = args.channels // args.heads
         self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-5) if args.qk_norm else nn.Identity() for _ in range(2))
-        angle = torch.arange(2 * args.context)[:, None] * 10000 ** (-torch.arange(D // 2) / (D // 2))     # (T, D/2)
+        t = torch.arange(2 * args.context)  # beyond the context, too, for repeat_loss_beyond
+        angle = t[:, None] * 10000 ** (-torch.arange(D // 2) / (D // 2))                    # (2 * context, D/2)
         turn = torch.stack([angle.cos(), angle.sin()]) if args.pos == "rope" else None
         self.register_buffer("turn", turn, persistent=False)
         self.register_buffer("slopes", alibi_slopes(args.heads) if args.pos == "alibi" else None, persistent=False)
@@ -168,13 +171,13 @@ def save_checkpoint(path, state):
 
 
 def load(path, args):
-    """A checkpoint or the metrics of a run; with --resume only if it had the model and data of args."""
+    """A checkpoint or metrics; with --resume only of the same model and data, and, to compare, the same training."""
     if not path.exists():
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume and --sample")
     state = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, args.device, weights_only=True)
     there = state.get("args", state)
-    differing = [f"{name} {there[name]} there, {getattr(args, name)} here"
-                 for name in (MODEL + TRAINING * args.compare) * args.resume if there[name] != getattr(args, name)]
+    same = (MODEL + TRAINING if args.compare else MODEL) if args.resume else []
+    differing = [f"{x} {there[x]} there, {getattr(args, x)} here" for x in same if there[x] != getattr(args, x)]
     if differing:
         fail(f"--resume: {path} is another run: {'; '.join(differing)}")
     return state
@@ -194,7 +197,7 @@ def train(args, tokens, out_dir):
     if args.device == "cuda":
         torch.compiler.reset()  # forget the run before
         torch.cuda.reset_peak_memory_stats()
-        model = torch.compile(gpt, mode="reduce-overhead" if world == 1 else None)  # by CUDA graphs
+        model = torch.compile(gpt, mode="reduce-overhead" if world == 1 else None)  # CUDA graphs
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     groups = [dict(params=[p for p in gpt.parameters() if p.dim() > 1], weight_decay=args.weight_decay),
@@ -294,8 +297,7 @@ def table(rows, metrics=LEARNED):
     """The rows of comparisons, or the metrics of single runs, in Markdown. Flags that differ get a column."""
     flags = [key for key in MODEL[2:] + TRAINING if len({str(row[key]) for row in rows}) > 1]
     columns = {key: digits for key, digits in metrics.items() if all(key in row for row in rows)}
-    lines = [[*flags, "attention", *columns]]
-    lines.append(["---"] * len(lines[0]))
+    lines = [[*flags, "attention", *columns], ["---"] * (len(flags) + 1 + len(columns))]
     for row in rows:
         numbers = [f"{row[key]:,.{n}f}" + (f" ± {row[key + '_std']:,.{n}f}" if row.get("seeds", 1) > 1 else "")
                    for key, n in columns.items()]
@@ -330,9 +332,9 @@ def parse(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     parser.set_defaults(**DEFAULTS["cpu" if there[0] == "cpu" else "gpu"])
-    data = parser.add_argument_group("data").add_argument
+    groups = map(parser.add_argument_group, ("data", "model", "optimisation", "run"))
+    data, model, optimisation, run = (group.add_argument for group in groups)
     data("--data", nargs="+", metavar="NAME", help="shakespeare, python, or files and folders; None is what can be had")
-    model = parser.add_argument_group("model").add_argument
     model("--attn", choices=("sigmoid", "softmax"), default="sigmoid", help="attention")
     model("--attn_bias", type=float, help="b of sigmoid attention; None is -log of the context")
     model("--pos", choices=("alibi", "rope", "learned", "none"), default="alibi", help="position embedding")
@@ -343,13 +345,11 @@ def parse(argv):
     model("--heads", type=int, help="attention heads, of 16 to 256 channels each")
     model("--context", type=int, help="bytes a window")
     model("--dropout", type=float, help="after each branch")
-    optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--steps", type=int, help="optimiser steps of a run")
     optimisation("--batch", type=int, help="windows a step, over all processes")
     optimisation("--lr", type=float, help="peak learning rate of AdamW")
     optimisation("--warmup", type=int, default=100, help="steps of linear warm-up")
     optimisation("--weight_decay", type=float, help="decoupled, of matrices")
-    run = parser.add_argument_group("run").add_argument
     run("--compare", action="store_true", help="softmax, sigmoid, and sigmoid with b = 0, in one table")
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=1337, help="of weights, batches, dropout and sample")
