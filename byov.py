@@ -265,9 +265,8 @@ def train(args, data, device, autocast, out_dir):
     if args.arm in ("BYOV", "supervised BBB"):
         make_bayesian(online)
     views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
-    if on_gpu:  # CUDA graphs: to launch the kernels may take longer than to run them
-        torch.compiler.reset()
-        views_of, terms_of = torch.compile(two_views), torch.compile(loss_terms, mode="reduce-overhead")
+    if on_gpu:
+        views_of, terms_of = torch.compile(two_views), torch.compile(loss_terms)
     means = {name: p for name, p in online.named_parameters() if not name.endswith("rho")}
     sources, averages = [*means.values()], [*target.parameters()]
     groups = [dict(params=[p for name, p in means.items() if (p.dim() > 1, "predictor" in name) == (matrix, quick)],
@@ -287,6 +286,18 @@ def train(args, data, device, autocast, out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     log = open(out_dir / "log.jsonl", "a" if first else "w", buffering=1)
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
+
+    def backward():
+        """The gradients for a drawn batch, in place of the last ones; (loss, fit, KL, embedding)."""
+        online.train().zero_grad()
+        batch = torch.randint(len(images), (args.batch,), device=device)
+        views = views_of(images[batch], args.data)
+        with autocast:
+            fit, kl, embedding = terms_of(online, target, views, labels[batch], args)
+        loss = fit + args.weight_decay * args.prior_std ** 2 * kl
+        loss.backward()
+        return loss.detach(), fit.detach(), torch.as_tensor(kl).detach(), embedding
+
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     began = time.time() - seconds
@@ -297,16 +308,16 @@ def train(args, data, device, autocast, out_dir):
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group["peak"] * min((step + 1) / max(1, warmup), cosine)
         torch.manual_seed(1_000_003 * args.seed + step)  # nothing else decides batch, views, draws: resuming is exact
-        batch = torch.randint(len(images), (args.batch,), device=device)
-        views = views_of(images[batch], args.data)
-        online.train()
-        with autocast:
-            fit, kl, embedding = terms_of(online, target, views, labels[batch], args)
-        loss = fit + args.weight_decay * args.prior_std ** 2 * kl
-        loss.backward()
+        if on_gpu and step == first + 3:  # all is compiled by now: its hundreds of kernels become one launch
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss, fit, kl, embedding = backward()
+        if on_gpu and step >= first + 3:
+            graph.replay()
+        else:
+            loss, fit, kl, embedding = backward()
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
         with torch.no_grad():  # target <- tau target + (1 - tau) online, and tau rises to 1
             torch._foreach_lerp_(averages, sources, (1 - args.tau) * (1 + math.cos(math.pi * step / args.steps)) / 2)
         due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
@@ -320,7 +331,7 @@ def train(args, data, device, autocast, out_dir):
         if due:
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
             covariance, ratios, seconds = queries.float().T.cov(), relative_sigmas(online), time.time() - began
-            record = dict(step=step + 1, seconds=seconds, fit=fit.item(), kl=torch.as_tensor(kl).item(), spread=spread,
+            record = dict(step=step + 1, seconds=seconds, fit=fit.item(), kl=kl.item(), spread=spread,
                           sigma_over_mu=sum(ratios) / max(1, len(ratios)),
                           effective_rank=(covariance.trace() ** 2 / covariance.square().sum()).item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
