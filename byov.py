@@ -42,10 +42,13 @@ DEFAULTS = {
 }
 ARMS = "BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB"
 TRAINING = "data arm encoder width steps batch lr weight_decay tau prior_std".split()
-COLUMNS = [  # of the two tables
+COLUMNS = [  # of the tables
     dict(knn_acc="kNN %", linear_acc="linear %", nll="NLL", brier="Brier %", ece="ECE %", ece_scaled="scaled ECE %"),
     {"salt_and_pepper_linear_acc": "salt & pepper: linear %", "salt_and_pepper_brier": "Brier %",
-     "salt_and_pepper_ece": "ECE %", "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"}]
+     "salt_and_pepper_ece": "ECE %", "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"},
+    {f"{name}_ece": f"{name.replace('_', ' ')}: ECE %" for name in CORRUPTIONS if name != "salt_and_pepper"},
+    dict(predictive_std_mean="predictive std: mean %", predictive_std_sd="std %", predictive_std_skewness="skewness",
+         predictive_std_kurtosis="excess kurtosis", predictive_std_ks="KS distance %", predictive_std_qq_r2="Q-Q R²")]
 T95 = 0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 97.5 %, for 1 to 10 seeds
 
 
@@ -165,9 +168,13 @@ def calibration(probs, labels):
 
 
 def measure(probs, labels):
-    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE, the mean of |accuracy - confidence|."""
+    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE, the mean of |accuracy - confidence|, also in
+    15 bins of equally many images (adaptive)."""
     share, confidence, accuracy = calibration(probs, labels)
+    certainty, guess = probs.max(1)
+    gaps = ((guess == labels).float() - certainty)[certainty.argsort()].tensor_split(15)
     return dict(linear_acc=(share * accuracy).sum().item(), ece=(share * (accuracy - confidence).abs()).sum().item(),
+                ece_adaptive=sum(gap.sum().abs().item() for gap in gaps) / len(probs),
                 brier=(probs - F.one_hot(labels, probs.shape[1])).square().sum(1).mean().item(),
                 nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels).item())
 
@@ -177,6 +184,29 @@ def temperature_scale(probs, val_probs, val_labels):
     temperatures = torch.logspace(-0.7, 0.7, 141, device=probs.device)
     nll = [F.cross_entropy(val_probs.clamp(min=1e-12).log() / t, val_labels) for t in temperatures]
     return (probs.clamp(min=1e-12).log() / temperatures[torch.stack(nll).argmin()]).softmax(-1)
+
+
+def predictive_std(draws):
+    """{NAME: (N,)} of probabilities (S, N, K): std over draws for the predicted class, its log, the std of the logit,
+    and the mean over classes of the std."""
+    guess = draws.mean(0).argmax(1)[None, :, None].expand(len(draws), -1, -1)
+    p = draws.gather(2, guess)[..., 0]                                                          # (S, N)
+    return dict(predictive_std=p.std(0), predictive_log_std=p.std(0).clamp(min=1e-7).log(),
+                predictive_logit_std=p.logit(1e-6).std(0), predictive_mean_std=draws.std(0).mean(1))
+
+
+def gaussianity(samples):
+    """Of each {NAME: (N,)}: moments, and how far from a Gaussian with the same mean and std: the Kolmogorov-Smirnov
+    distance and R^2 of the Q-Q plot."""
+    found = {}
+    for name, x in samples.items():
+        z = ((x - x.mean()) / x.std()).sort().values
+        rank = (torch.arange(len(z), device=z.device) + 0.5) / len(z)
+        shape = dict(mean=x.mean(), sd=x.std(), skewness=z.pow(3).mean(), kurtosis=z.pow(4).mean() - 3,
+                     ks=(torch.special.ndtr(z) - rank).abs().max() + 0.5 / len(z),
+                     qq_r2=torch.corrcoef(torch.stack([z, torch.special.ndtri(rank)]))[0, 1].square())
+        found |= {f"{name}_{key}": value.item() for key, value in shape.items()}
+    return found
 
 
 @torch.no_grad()
@@ -219,8 +249,9 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """(kNN accuracy, predictions on test {(condition, variant): probs (N, K)}). Conditions are [COUNT_labels_]
-    [CORRUPTION_SEVERITY_], variants "", _scaled (by the temperature for val), _S_draws and _mean_weights."""
+    """(kNN accuracy, predictions on test {(condition, variant): probs (N, K)}, their predictive_std on clean images).
+    Conditions are [COUNT_labels_][CORRUPTION_SEVERITY_], variants "", _scaled (by the temperature for val), _S_draws and
+    _mean_weights."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if bayesian_layers(net) else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
@@ -231,7 +262,7 @@ def evaluate(net, data, args, autocast):
         heads = {f"{n}_labels_" if i else "":
                  fit_probe(features(net, train_x[:n or None], autocast, seeds), train_y[:n or None])
                  for i, n in enumerate(args.probe_labels)}
-    predictions = {}
+    predictions, stds = {}, {}
     val = {prefix: head(val_h).softmax(-1).mean(0) for prefix, head in heads.items()}
     for condition, images in conditions(test_x, args.corruptions):
         h = features(net, images, autocast, seeds)
@@ -241,8 +272,9 @@ def evaluate(net, data, args, autocast):
             if not condition:
                 variants |= {f"_{s}_draws": draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
                 variants["_mean_weights"] = head(queries).softmax(-1)
+                stds = stds or predictive_std(draws)
             predictions |= {(prefix + condition, variant): probs for variant, probs in variants.items()}
-    return knn_accuracy(bank, train_y, queries, test_y), predictions
+    return knn_accuracy(bank, train_y, queries, test_y), predictions, stds
 
 
 def measure_all(predictions, labels):
@@ -351,7 +383,7 @@ def train(args, data, device, autocast, out_dir):
 def compare(args, data, device, autocast, out_dir):
     """Trains and measures each arm with each seed, for equal steps. Returns rows, mean and std of the metrics of each
     arm and of BYOV's paired differences, and what each arm predicted with each seed."""
-    nets, found, predicted, labels = {}, {}, {}, data["test"][1]
+    nets, found, predicted, stds, labels = {}, {}, {}, {}, data["test"][1]
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.compare):
         arm = argparse.Namespace(**vars(args) | dict(arm=name, seed=seed))
         if name == "BYOL+noise":  # of the size, relative to the weights of a layer, that BYOV learned there
@@ -359,59 +391,75 @@ def compare(args, data, device, autocast, out_dir):
             make_bayesian(nets[name], relative_sigmas(nets["BYOV"]))
         else:
             nets[name], seconds = train(arm, data, device, autocast, out_dir / f"{name}_seed_{seed}".replace(" ", "_"))
-        knn, predictions = evaluate(nets[name], data, arm, autocast)
+        knn, predictions, spread = evaluate(nets[name], data, arm, autocast)
         found.setdefault(name, []).append(dict(seconds=seconds, knn_acc=knn, **measure_all(predictions, labels)))
         predicted.setdefault(name, []).append(predictions)
+        if bayesian_layers(nets[name]):
+            stds.setdefault(name, []).append(spread)
     for name in [name for name in ("BYOL", "BYOL+noise") if {name, "BYOV"} <= found.keys()]:
         pairs = zip(found["BYOV"], found[name])
         found[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
     if "BYOL" in found and args.seeds > 1:
         mean = {key: torch.stack([one[key] for one in predicted["BYOL"]]).mean(0) for key in predicted["BYOL"][0]}
         found[f"ensemble of {args.seeds} BYOL"] = [measure_all(mean, labels)]
+    pairs = {f"{name} less its next seed": zip(stds[name], stds[name][1:]) for name in stds}
+    if {"BYOV", "supervised BBB"} <= stds.keys():
+        pairs["BYOV less supervised BBB"] = zip(stds["BYOV"], stds["supervised BBB"])
+    stds |= {name: [{key: a[key] - b[key] for key in a} for a, b in some] for name, some in pairs.items()}
+    for name, some in stds.items():
+        for metrics, values in zip(found.setdefault(name, [{} for _ in some]), some):
+            metrics |= gaussianity(values)
     rows = []
     for name, some in found.items():
         values = {key: torch.tensor([metrics[key] for metrics in some], dtype=torch.float64) for key in some[0]}
         rows.append(dict(name=name, seeds=len(some)) | {key: x.mean().item() for key, x in values.items()})
         if len(some) > 1:
             rows[-1] |= {f"{key}_std": x.std().item() for key, x in values.items()}
-    return rows, predicted
+    return rows, predicted, stds
 
 
 def table(rows):
     """Markdown: mean ± std over seeds; of a paired difference, mean ± half of its 95 % interval (Student's t)."""
     tables = []
     for columns in COLUMNS:
-        heads = {key: head for key, head in columns.items() if key in rows[0]}
+        heads = {key: head for key, head in columns.items() if any(key in row for row in rows)}
         lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
-        for row in rows:
+        for row in [row for row in rows if heads.keys() & row.keys()]:
             spread, cells = T95[row["seeds"] - 1] / row["seeds"] ** 0.5 if " - " in row["name"] else 1, [row["name"]]
             for key, head in heads.items():
                 scale, digits = (100, 2) if "%" in head else (1, 3)
                 numbers = [row[k] * scale * factor for k, factor in ((key, 1), (f"{key}_std", spread)) if k in row]
                 cells.append(" ± ".join(f"{number:.{digits}f}" for number in numbers))
             lines.append(f"| {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
+        if heads:
+            tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
-def plot(path, rows, predicted, labels, corruption):
-    """ECE and Brier score against severity, mean ± std over seeds; reliability."""
+def plot(path, rows, predicted, stds, labels, corruption):
+    """ECE and Brier score against severity, mean ± std over seeds; reliability; how sure two models are, compared."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    above, below = figure.subplots(2, 2)
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    above, below = figure.subplots(2, 3)
     for axis, metric, label in zip(above, ("ece", "brier"), ("ECE, %", "Brier score, %")):
         keys = [metric, *(f"{corruption}_{i}_{metric}" for i in range(1, 6))]
-        for row in [row for row in rows if " - " not in row["name"]]:
+        for row in [row for row in rows if metric in row and " - " not in row["name"]]:
             axis.errorbar(range(6), [100 * row[key] for key in keys], [100 * row.get(f"{key}_std", 0) for key in keys],
                           capsize=2, label=row["name"])
         axis.set(xlabel=f"severity of {corruption}", ylabel=label)
-    figure.legend(*above[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     for axis, condition in zip(below, ("", f"{corruption}_3_")):
         for some in predicted.values():
             probs = torch.cat([predictions[condition, ""] for predictions in some])
             share, confidence, accuracy = calibration(probs, labels.repeat(len(some))).cpu()
             axis.plot(confidence[share > 1e-3], (accuracy - confidence)[share > 1e-3], ".-")
         axis.set(xlabel=f"confidence, {condition.strip('_') or 'clean'}", ylabel="accuracy - confidence")
+    below[2].axis("off")
+    below[2].legend(*above[0].get_legend_handles_labels(), loc="center", frameon=False)
+    for name, some in [*stds.items()][-1:]:  # BYOV less supervised BBB, if both are there
+        x = torch.cat([spread["predictive_std"] for spread in some]).sort().values.cpu()
+        above[2].hist(x, 100, density=True, color="0.8")
+        above[2].plot(x, torch.distributions.Normal(x.mean(), x.std()).log_prob(x).exp(), "k")
+        above[2].set(xlabel=f"std over draws, {name}", ylabel="density, and its Gaussian fit")
     figure.savefig(path, dpi=150)
 
 
@@ -484,13 +532,13 @@ def main(argv=None):
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}, "
           f"{sum(p.numel() for p in make_network(args).parameters()):,} parameters")
-    rows, predicted = compare(args, data, device, autocast, out_dir)
+    rows, predicted, stds = compare(args, data, device, autocast, out_dir)
     print(table(rows))
     result = dict(rows=rows) if len(rows) > 1 else rows[0]
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, rows, predicted, data["test"][1], args.corruptions[0])
+        plot(args.plot, rows, predicted, stds, data["test"][1], args.corruptions[0])
     return result
 
 
