@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.augment import normalise, two_views
+from data.calibration import calibration, correlations, gaussianity, measure, predictive_std, temperature_scale
 from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, conditions
 
@@ -48,7 +49,8 @@ COLUMNS = [  # of the tables
      "salt_and_pepper_ece": "ECE %", "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"},
     {f"{name}_ece": f"{name.replace('_', ' ')}: ECE %" for name in CORRUPTIONS if name != "salt_and_pepper"},
     dict(predictive_std_mean="predictive std: mean %", predictive_std_sd="std %", predictive_std_skewness="skewness",
-         predictive_std_kurtosis="excess kurtosis", predictive_std_ks="KS distance %", predictive_std_qq_r2="Q-Q R²")]
+         predictive_std_kurtosis="excess kurtosis", predictive_std_ks="KS distance %", predictive_std_qq_r2="Q-Q R²",
+         predictive_std_pearson="Pearson", predictive_std_spearman="Spearman")]
 T95 = 0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 97.5 %, for 1 to 10 seeds
 
 
@@ -158,56 +160,6 @@ def loss_terms(online, target, views, labels, args):
 
 
 # -------- Evaluation. N images, S draws of the weights, K classes; probs (N, K).
-
-def calibration(probs, labels):
-    """(3, 15): share of the images, mean confidence, accuracy, in each of 15 equal bins of the largest probability."""
-    confidence, guess = probs.max(1)
-    values = torch.stack([torch.ones_like(confidence), confidence, (guess == labels).float()])
-    sums = torch.zeros(3, 15, device=probs.device).index_add(1, (15 * confidence).long().clamp(max=14), values)
-    return torch.stack([sums[0] / len(probs), *(sums[1:] / sums[0].clamp(min=1))])
-
-
-def measure(probs, labels):
-    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE, the mean of |accuracy - confidence|, also in
-    15 bins of equally many images (adaptive)."""
-    share, confidence, accuracy = calibration(probs, labels)
-    certainty, guess = probs.max(1)
-    gaps = ((guess == labels).float() - certainty)[certainty.argsort()].tensor_split(15)
-    return dict(linear_acc=(share * accuracy).sum().item(), ece=(share * (accuracy - confidence).abs()).sum().item(),
-                ece_adaptive=sum(gap.sum().abs().item() for gap in gaps) / len(probs),
-                brier=(probs - F.one_hot(labels, probs.shape[1])).square().sum(1).mean().item(),
-                nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels).item())
-
-
-def temperature_scale(probs, val_probs, val_labels):
-    """probs at the temperature, of 141 from 0.2 to 5, with the least NLL on the validation images."""
-    temperatures = torch.logspace(-0.7, 0.7, 141, device=probs.device)
-    nll = [F.cross_entropy(val_probs.clamp(min=1e-12).log() / t, val_labels) for t in temperatures]
-    return (probs.clamp(min=1e-12).log() / temperatures[torch.stack(nll).argmin()]).softmax(-1)
-
-
-def predictive_std(draws):
-    """{NAME: (N,)} of probabilities (S, N, K): std over draws for the predicted class, its log, the std of the logit,
-    and the mean over classes of the std."""
-    guess = draws.mean(0).argmax(1)[None, :, None].expand(len(draws), -1, -1)
-    p = draws.gather(2, guess)[..., 0]                                                          # (S, N)
-    return dict(predictive_std=p.std(0), predictive_log_std=p.std(0).clamp(min=1e-7).log(),
-                predictive_logit_std=p.logit(1e-6).std(0), predictive_mean_std=draws.std(0).mean(1))
-
-
-def gaussianity(samples):
-    """Of each {NAME: (N,)}: moments, and how far from a Gaussian with the same mean and std: the Kolmogorov-Smirnov
-    distance and R^2 of the Q-Q plot."""
-    found = {}
-    for name, x in samples.items():
-        z = ((x - x.mean()) / x.std()).sort().values
-        rank = (torch.arange(len(z), device=z.device) + 0.5) / len(z)
-        shape = dict(mean=x.mean(), sd=x.std(), skewness=z.pow(3).mean(), kurtosis=z.pow(4).mean() - 3,
-                     ks=(torch.special.ndtr(z) - rank).abs().max() + 0.5 / len(z),
-                     qq_r2=torch.corrcoef(torch.stack([z, torch.special.ndtri(rank)]))[0, 1].square())
-        found |= {f"{name}_{key}": value.item() for key, value in shape.items()}
-    return found
-
 
 @torch.no_grad()
 def features(net, images, autocast, seeds=(None,)):
@@ -402,12 +354,14 @@ def compare(args, data, device, autocast, out_dir):
     if "BYOL" in found and args.seeds > 1:
         mean = {key: torch.stack([one[key] for one in predicted["BYOL"]]).mean(0) for key in predicted["BYOL"][0]}
         found[f"ensemble of {args.seeds} BYOL"] = [measure_all(mean, labels)]
-    pairs = {f"{name} less its next seed": zip(stds[name], stds[name][1:]) for name in stds}
+    pairs = {f"{name} less its next seed": [*zip(some, some[1:])] for name, some in stds.items() if len(some) > 1}
     if {"BYOV", "supervised BBB"} <= stds.keys():
-        pairs["BYOV less supervised BBB"] = zip(stds["BYOV"], stds["supervised BBB"])
-    stds |= {name: [{key: a[key] - b[key] for key in a} for a, b in some] for name, some in pairs.items()}
+        pairs["BYOV less supervised BBB"] = [*zip(stds["BYOV"], stds["supervised BBB"])]
+    for name, some in pairs.items():
+        stds[name] = [{key: a[key] - b[key] for key in a} for a, b in some]
+        found[name] = [correlations(a["std"], b["std"]) for a, b in some]
     for name, some in stds.items():
-        for metrics, values in zip(found.setdefault(name, [{} for _ in some]), some):
+        for metrics, values in zip(found[name], some):
             metrics |= gaussianity(values)
     rows = []
     for name, some in found.items():
@@ -456,7 +410,7 @@ def plot(path, rows, predicted, stds, labels, corruption):
     below[2].axis("off")
     below[2].legend(*above[0].get_legend_handles_labels(), loc="center", frameon=False)
     for name, some in [*stds.items()][-1:]:  # BYOV less supervised BBB, if both are there
-        x = torch.cat([spread["predictive_std"] for spread in some]).sort().values.cpu()
+        x = torch.cat([spread["std"] for spread in some]).sort().values.cpu()
         above[2].hist(x, 100, density=True, color="0.8")
         above[2].plot(x, torch.distributions.Normal(x.mean(), x.std()).log_prob(x).exp(), "k")
         above[2].set(xlabel=f"std over draws, {name}", ylabel="density, and its Gaussian fit")
