@@ -224,7 +224,7 @@ def evaluate(net, data, args, autocast):
             if not condition:
                 variants |= {f"_{s}_draws": draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
                 variants["_mean_weights"] = head(queries).softmax(-1)
-                stds = stds or predictive_std(draws)
+                stds = stds or (predictive_std(draws) if len(draws) > 1 else {})
             predictions |= {(prefix + condition, variant): probs for variant, probs in variants.items()}
     return knn_accuracy(bank, train_y, queries, test_y), predictions, stds
 

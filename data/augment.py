@@ -70,9 +70,9 @@ def augment(images, crop, flip, hue, grey, solarised, blurred=0.0):
     columns = resize(uniform(0, 1) * (S - width), width, S)
     columns = torch.where(uniform(0, 1, 1, 1, 1) < flip, columns.flip(2), columns)
     x = rows @ (images.float() / 255) @ columns.mT                                          # (B, 3, S, S)
-    some = uniform(0, 1, 1) < 0.8
-    factors = torch.cat([uniform(0.6, 1.4, 2), uniform(0.8, 1.2, 1)], 1).where(some, 1.0)
-    factors = torch.cat([factors, uniform(-hue, hue, 1).where(some, 0.0)], 1)
+    kept = uniform(0, 1, 1) >= 0.8
+    factors = torch.cat([uniform(0.6, 1.4, 2), uniform(0.8, 1.2, 1)], 1).masked_fill(kept, 1.0)
+    factors = torch.cat([factors, uniform(-hue, hue, 1).masked_fill(kept, 0.0)], 1)
     colour = jitter(factors, uniform(0, 1, 4).argsort(1))[:, :3]                            # (B, 3, 6)
     colour = torch.where(uniform(0, 1, 1, 1) < grey, grey_matrix(device) @ colour, colour)
     x = x.flatten(2)                                                                        # (B, 3, S * S)
