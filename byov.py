@@ -13,8 +13,7 @@ lambda = weight_decay * prior_std^2 makes its gradient on mu plain weight decay,
     python byov.py                trains BYOV, then measures a linear probe, on clean and corrupted images
     python byov.py --compare      BYOL, BYOV, BYOL with untrained noise of equal size on its weights, and supervision
 
-On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abstract was known: the rest is our choice,
-such as to pass both views as one batch, which share batch norm's statistics and the draw of convolutions.
+On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abstract was known: the rest is our choice.
 """
 import argparse
 import copy
@@ -33,7 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.augment import normalise, two_views
-from data.calibration import calibration, correlations, gaussianity, measure, predictive_std, temperature_scale
+from data.calibration import (calibration, compare_stds, gaussianity, knn_accuracy, measure_all, predictive_std,
+                              temperature_scale)
 from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, conditions
 
@@ -173,13 +173,6 @@ def features(net, images, autocast, seeds=(None,)):
     return torch.stack(draws)
 
 
-def knn_accuracy(bank, bank_labels, queries, labels):
-    """A vote of the 200 nearest by cosine, weighted by exp(cosine / 0.1)."""
-    cosine, nearest = (F.normalize(queries.float()) @ F.normalize(bank.float()).T).topk(200)    # (N, 200)
-    votes = torch.zeros(len(queries), 10, device=bank.device).scatter_add(1, bank_labels[nearest], (cosine / 0.1).exp())
-    return (votes.argmax(1) == labels).float().mean().item()
-
-
 @torch.enable_grad()
 def fit_probe(draws, labels):
     """Features -> logits, by the linear layer of least cross-entropy + 5e-5 |W|^2 on (S, N, D) draws, standardised."""
@@ -201,9 +194,8 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """(kNN accuracy, predictions on test {(condition, variant): probs (N, K)}, their predictive_std on clean images).
-    Conditions are [COUNT_labels_][CORRUPTION_SEVERITY_], variants "", _scaled (by the temperature for val), _S_draws and
-    _mean_weights."""
+    """On test: metrics, predictions {(condition, variant): probs (N, K)} and, on clean images, predictive_std. Conditions
+    are [COUNT_labels_][CORRUPTION_SEVERITY_], variants "", _scaled (temperature for val), _S_draws, _mean_weights."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if bayesian_layers(net) else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
@@ -226,16 +218,8 @@ def evaluate(net, data, args, autocast):
                 variants["_mean_weights"] = head(queries).softmax(-1)
                 stds = stds or (predictive_std(draws) if len(draws) > 1 else {})
             predictions |= {(prefix + condition, variant): probs for variant, probs in variants.items()}
-    return knn_accuracy(bank, train_y, queries, test_y), predictions, stds
-
-
-def measure_all(predictions, labels):
-    """The metrics of each condition and variant, and each corruption's mean over its five severities."""
-    metrics = {f"{condition}{key}{variant}": value for (condition, variant), probs in predictions.items()
-               for key, value in measure(probs, labels).items()}
-    for key in [key for key in metrics if "_5_" in key]:
-        metrics[key.replace("_5_", "_")] = sum(metrics[key.replace("_5_", f"_{i}_")] for i in range(1, 6)) / 5
-    return metrics
+    metrics = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)) | measure_all(predictions, test_y)
+    return metrics | gaussianity(stds), predictions, stds
 
 
 # -------- Training
@@ -248,9 +232,8 @@ def train(args, data, device, autocast, out_dir):
     target = copy.deepcopy(online).requires_grad_(False)  # of the means: it has no posterior
     if args.arm in ("BYOV", "supervised BBB"):
         make_bayesian(online)
-    views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
-    if on_gpu:
-        views_of, terms_of = torch.compile(two_views), torch.compile(loss_terms)
+    on_gpu = device.type == "cuda"
+    views_of, terms_of = map(torch.compile, (two_views, loss_terms)) if on_gpu else (two_views, loss_terms)
     means = {name: p for name, p in online.named_parameters() if not name.endswith("rho")}
     sources, averages = [*means.values()], [*target.parameters()]
     groups = [dict(params=[p for name, p in means.items() if (p.dim() > 1, "predictor" in name) == (matrix, quick)],
@@ -272,16 +255,16 @@ def train(args, data, device, autocast, out_dir):
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
 
     def backward():
-        """The gradients for a drawn batch, in place of the last ones; (loss, fit, KL, embedding)."""
+        """The gradients for a drawn batch, in place of the last ones; (fit, KL, embedding)."""
         online.train().zero_grad()
         batch = torch.randint(len(images), (args.batch,), device=device)
         views = views_of(images[batch], args.data)
         with autocast:
             fit, kl, embedding = terms_of(online, target, views, labels[batch], args)
-        loss = fit + args.weight_decay * args.prior_std ** 2 * kl
-        loss.backward()
-        return loss.detach(), fit.detach(), torch.as_tensor(kl).detach(), embedding
+        (fit + args.weight_decay * args.prior_std ** 2 * kl).backward()
+        return fit.detach(), torch.as_tensor(kl).detach(), embedding
 
+    run, terms = backward, None
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     began = time.time() - seconds
@@ -292,14 +275,12 @@ def train(args, data, device, autocast, out_dir):
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group["peak"] * min((step + 1) / max(1, warmup), cosine)
         torch.manual_seed(1_000_003 * args.seed + step)  # nothing else decides batch, views, draws: resuming is exact
-        if on_gpu and step == first + 3:  # all is compiled by now: its hundreds of kernels become one launch
+        if on_gpu and step == first + 3:  # all is compiled by now: hundreds of launches become one
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                loss, fit, kl, embedding = backward()
-        if on_gpu and step >= first + 3:
-            graph.replay()
-        else:
-            loss, fit, kl, embedding = backward()
+                terms = backward()
+            run = graph.replay  # which fills the same tensors anew
+        fit, kl, embedding = terms = run() or terms
         for optimizer in optimizers:
             optimizer.step()
         with torch.no_grad():  # target <- tau target + (1 - tau) online, and tau rises to 1
@@ -309,8 +290,8 @@ def train(args, data, device, autocast, out_dir):
             continue
         spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
         bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
-        if spread < 0.1 or not math.isfinite(loss.item()):
-            fail(f"step {step + 1}: {'collapsed' if spread < 0.1 else 'diverged'}, loss {loss.item()}, learning rate "
+        if spread < 0.1 or not math.isfinite(fit.item()):
+            fail(f"step {step + 1}: {'collapsed' if spread < 0.1 else 'diverged'}, loss {fit.item()}, learning rate "
                  f"{group['lr']:.2e}\nHINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
         if due:
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
@@ -321,8 +302,8 @@ def train(args, data, device, autocast, out_dir):
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            state = dict(args=vars(args), step=step + 1, seconds=seconds)
-            torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".part"))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save(dict(args=vars(args), step=step + 1, seconds=seconds, **state), path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)  # so that a kill leaves the old checkpoint whole
         if stop:
             fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
@@ -333,9 +314,8 @@ def train(args, data, device, autocast, out_dir):
 # -------- The paper's claims
 
 def compare(args, data, device, autocast, out_dir):
-    """Trains and measures each arm with each seed, for equal steps. Returns rows, mean and std of the metrics of each
-    arm and of BYOV's paired differences, and what each arm predicted with each seed."""
-    nets, found, predicted, stds, labels = {}, {}, {}, {}, data["test"][1]
+    """Trains each arm with each seed, for equal steps: {arm: [what evaluate returns, for each seed]}."""
+    nets, runs = {}, {}
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.compare):
         arm = argparse.Namespace(**vars(args) | dict(arm=name, seed=seed))
         if name == "BYOL+noise":  # of the size, relative to the weights of a layer, that BYOV learned there
@@ -343,33 +323,33 @@ def compare(args, data, device, autocast, out_dir):
             make_bayesian(nets[name], relative_sigmas(nets["BYOV"]))
         else:
             nets[name], seconds = train(arm, data, device, autocast, out_dir / f"{name}_seed_{seed}".replace(" ", "_"))
-        knn, predictions, spread = evaluate(nets[name], data, arm, autocast)
-        found.setdefault(name, []).append(dict(seconds=seconds, knn_acc=knn, **measure_all(predictions, labels)))
-        predicted.setdefault(name, []).append(predictions)
-        if bayesian_layers(nets[name]):
-            stds.setdefault(name, []).append(spread)
+        metrics, *rest = evaluate(nets[name], data, arm, autocast)
+        runs.setdefault(name, []).append((dict(seconds=seconds) | metrics, *rest))
+    return runs
+
+
+def summarise(runs, labels):
+    """Rows, mean and std over seeds, of the metrics of each arm, of BYOV's paired differences, of BYOL's seeds as an
+    ensemble, and of differences between predictive stds, image by image."""
+    found = {name: [metrics for metrics, _, _ in some] for name, some in runs.items()}
+    stds = {name: [spread for _, _, spread in some] for name, some in runs.items() if some[0][2]}
     for name in [name for name in ("BYOL", "BYOL+noise") if {name, "BYOV"} <= found.keys()]:
         pairs = zip(found["BYOV"], found[name])
-        found[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
-    if "BYOL" in found and args.seeds > 1:
-        mean = {key: torch.stack([one[key] for one in predicted["BYOL"]]).mean(0) for key in predicted["BYOL"][0]}
-        found[f"ensemble of {args.seeds} BYOL"] = [measure_all(mean, labels)]
-    pairs = {f"{name} less its next seed": [*zip(some, some[1:])] for name, some in stds.items() if len(some) > 1}
+        found |= {f"BYOV - {name}": [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]}
+    if len(members := [predictions for _, predictions, _ in runs.get("BYOL", [])]) > 1:
+        mean = {key: torch.stack([one[key] for one in members]).mean(0) for key in members[0]}
+        found[f"ensemble of {len(members)} BYOL"] = [measure_all(mean, labels)]
+    pairs = {f"{name} less its next seed": zip(some, some[1:]) for name, some in stds.items() if len(some) > 1}
     if {"BYOV", "supervised BBB"} <= stds.keys():
-        pairs["BYOV less supervised BBB"] = [*zip(stds["BYOV"], stds["supervised BBB"])]
-    for name, some in pairs.items():
-        stds[name] = [{key: a[key] - b[key] for key in a} for a, b in some]
-        found[name] = [correlations(a["std"], b["std"]) for a, b in some]
-    for name, some in stds.items():
-        for metrics, values in zip(found[name], some):
-            metrics |= gaussianity(values)
+        pairs["BYOV less supervised BBB"] = zip(stds["BYOV"], stds["supervised BBB"])
+    found |= {name: [compare_stds(a, b) for a, b in some] for name, some in pairs.items()}
     rows = []
     for name, some in found.items():
         values = {key: torch.tensor([metrics[key] for metrics in some], dtype=torch.float64) for key in some[0]}
         rows.append(dict(name=name, seeds=len(some)) | {key: x.mean().item() for key, x in values.items()})
         if len(some) > 1:
             rows[-1] |= {f"{key}_std": x.std().item() for key, x in values.items()}
-    return rows, predicted, stds
+    return rows
 
 
 def table(rows):
@@ -390,10 +370,10 @@ def table(rows):
     return "\n\n".join(tables)
 
 
-def plot(path, rows, predicted, stds, labels, corruption):
+def plot(path, rows, runs, labels, corruption):
     """ECE and Brier score against severity, mean ± std over seeds; reliability; how sure two models are, compared."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(13, 6), layout="constrained")
+    figure = Figure(figsize=(14, 6), layout="constrained")
     above, below = figure.subplots(2, 3)
     for axis, metric, label in zip(above, ("ece", "brier"), ("ECE, %", "Brier score, %")):
         keys = [metric, *(f"{corruption}_{i}_{metric}" for i in range(1, 6))]
@@ -401,19 +381,19 @@ def plot(path, rows, predicted, stds, labels, corruption):
             axis.errorbar(range(6), [100 * row[key] for key in keys], [100 * row.get(f"{key}_std", 0) for key in keys],
                           capsize=2, label=row["name"])
         axis.set(xlabel=f"severity of {corruption}", ylabel=label)
-    for axis, condition in zip(below, ("", f"{corruption}_3_")):
-        for some in predicted.values():
-            probs = torch.cat([predictions[condition, ""] for predictions in some])
+    figure.legend(*above[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    for axis, condition in zip(below, ("", f"{corruption}_3_", f"{corruption}_5_")):
+        for some in runs.values():
+            probs = torch.cat([predictions[condition, ""] for _, predictions, _ in some])
             share, confidence, accuracy = calibration(probs, labels.repeat(len(some))).cpu()
             axis.plot(confidence[share > 1e-3], (accuracy - confidence)[share > 1e-3], ".-")
         axis.set(xlabel=f"confidence, {condition.strip('_') or 'clean'}", ylabel="accuracy - confidence")
-    below[2].axis("off")
-    below[2].legend(*above[0].get_legend_handles_labels(), loc="center", frameon=False)
-    for name, some in [*stds.items()][-1:]:  # BYOV less supervised BBB, if both are there
-        x = torch.cat([spread["std"] for spread in some]).sort().values.cpu()
+    if {"BYOV", "supervised BBB"} <= runs.keys():
+        pairs = zip(runs["BYOV"], runs["supervised BBB"])
+        x = torch.cat([a["std"] - b["std"] for (*_, a), (*_, b) in pairs]).sort().values.cpu()
         above[2].hist(x, 100, density=True, color="0.8")
         above[2].plot(x, torch.distributions.Normal(x.mean(), x.std()).log_prob(x).exp(), "k")
-        above[2].set(xlabel=f"std over draws, {name}", ylabel="density, and its Gaussian fit")
+        above[2].set(xlabel="predictive std, BYOV less supervised BBB", ylabel="density, and a Gaussian fit")
     figure.savefig(path, dpi=150)
 
 
@@ -445,7 +425,7 @@ def parse(argv):
     run("--compare", nargs="*", choices=ARMS, metavar="ARM", help=f"some of {', '.join(ARMS)}; none is all")
     run("--seeds", type=int, default=1, help="runs of each arm, up to 10")
     run("--seed", type=int, default=1337, help="of weights, batches, views and draws")
-    run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity, and reliability")
+    run("--plot", metavar="FILE.png", help="draw calibration, and predictive stds")
     run("--out_dir", default="out/byov", help="for metrics.json, and a folder for each arm and seed")
     run("--resume", action="store_true", help="go on from the checkpoints in out_dir, bit for bit")
     run("--eval_interval", type=int, default=2500, help="steps between evaluations, each with a checkpoint")
@@ -486,13 +466,14 @@ def main(argv=None):
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}, "
           f"{sum(p.numel() for p in make_network(args).parameters()):,} parameters")
-    rows, predicted, stds = compare(args, data, device, autocast, out_dir)
+    runs = compare(args, data, device, autocast, out_dir)
+    rows = summarise(runs, data["test"][1])
     print(table(rows))
     result = dict(rows=rows) if len(rows) > 1 else rows[0]
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, rows, predicted, stds, data["test"][1], args.corruptions[0])
+        plot(args.plot, rows, runs, data["test"][1], args.corruptions[0])
     return result
 
 

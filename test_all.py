@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
 
 import byov
 import data.augment
+from data.calibration import gaussianity, measure, predictive_std, temperature_scale
 import data.cifar10
 from data.corruptions import CORRUPTIONS, corrupt
 import data.densities
@@ -688,13 +689,19 @@ class BYOV(unittest.TestCase):
             torch.testing.assert_close(saved["target"][name], average.lerp(new, 1 - args.tau), atol=1e-6, rtol=1e-5)
 
     def test_metrics(self):
-        found = byov.measure(torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]]), torch.tensor([0, 1, 1]))
-        for key, value in dict(ece=1.1 / 3, brier=0.98 / 3, linear_acc=2 / 3, nll=-math.log(0.224) / 3).items():
+        two, three = torch.tensor([[[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]], [[0.6, 0.4], [0.6, 0.4], [0.3, 0.7]]])
+        found = measure(two, torch.tensor([0, 1, 1])) | predictive_std(torch.stack([two, three]))
+        for key, value in dict(ece=1.1 / 3, ece_adaptive=1.1 / 3, brier=0.98 / 3, nll=-math.log(0.224) / 3).items():
             self.assertAlmostEqual(found[key], value, places=5, msg=key)  # gaps 0.2, 0.6, 0.3; squares 0.08, 0.72, 0.18
+        torch.testing.assert_close(found["std"], torch.tensor([0.02 ** 0.5, 0, 0]))
+        shapes = gaussianity(dict(gaussian=torch.randn(100_000), flat=torch.rand(100_000)))
+        for key, value in dict(gaussian_ks=0, gaussian_kurtosis=0, gaussian_qq_r2=1, flat_ks=0.0572, flat_kurtosis=-1.2,
+                               flat_mean=0.5, flat_sd=12 ** -0.5, flat_skewness=0).items():
+            self.assertAlmostEqual(shapes[f"predictive_{key}"], value, delta=0.03 if "kurt" in key else 0.01, msg=key)
         probs = (3 * torch.randn(100_000, 10)).softmax(1)
         labels, hot = torch.multinomial(probs, 1)[:, 0], (2 * probs.log()).softmax(1)  # calibrated, overconfident
-        cooled = byov.temperature_scale(hot, hot, labels)
-        low, high, low_again = (byov.measure(p, labels)["ece"] for p in (probs, hot, cooled))
+        cooled = temperature_scale(hot, hot, labels)
+        low, high, low_again = (measure(p, labels)["ece"] for p in (probs, hot, cooled))
         self.assertTrue(max(low, low_again) < 0.01 and high > 0.05, (low, high, low_again))
 
     def test_images(self):
@@ -750,7 +757,7 @@ class Repository(unittest.TestCase):
         (sigmoid_gpt, "sigmoid_gpt_compare_h100.json"), (sigmoid_gpt, "sigmoid_gpt_speed_h100.json", sigmoid_gpt.COST)]
 
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 491, "flashsigmoid_hopper.py": 278, "sigmoid_gpt.py": 420, "byov.py": 487,
+        budgets = {"flashsigmoid.py": 491, "flashsigmoid_hopper.py": 278, "sigmoid_gpt.py": 420, "byov.py": 482,
                    "nmn_iterated.py": 558, "hier_iwae.py": 420, "test_all.py": 791}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()

@@ -1,6 +1,13 @@
-"""How good, how sure and how rightly sure predictions are. N images, S draws of the weights, K classes; probs (N, K)."""
+"""How good and how sure predictions are. N images, S draws of the weights, K classes; probs (N, K)."""
 import torch
 import torch.nn.functional as F
+
+
+def knn_accuracy(bank, bank_labels, queries, labels):
+    """A vote of the 200 nearest by cosine, weighted by exp(cosine / 0.1)."""
+    cosine, nearest = (F.normalize(queries.float()) @ F.normalize(bank.float()).T).topk(200)    # (N, 200)
+    votes = torch.zeros(len(queries), 10, device=bank.device).scatter_add(1, bank_labels[nearest], (cosine / 0.1).exp())
+    return (votes.argmax(1) == labels).float().mean().item()
 
 
 def calibration(probs, labels):
@@ -21,6 +28,15 @@ def measure(probs, labels):
                 ece_adaptive=sum(gap.sum().abs() for gap in gaps).item() / len(probs),
                 brier=(probs - F.one_hot(labels, probs.shape[1])).square().sum(1).mean().item(),
                 nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels).item())
+
+
+def measure_all(predictions, labels):
+    """The metrics of each condition and variant, and each corruption's mean over its five severities."""
+    metrics = {f"{condition}{key}{variant}": value for (condition, variant), probs in predictions.items()
+               for key, value in measure(probs, labels).items()}
+    for key in [key for key in metrics if "_5_" in key]:
+        metrics[key.replace("_5_", "_")] = sum(metrics[key.replace("_5_", f"_{i}_")] for i in range(1, 6)) / 5
+    return metrics
 
 
 def temperature_scale(probs, val_probs, val_labels):
@@ -57,7 +73,8 @@ def correlation(x, y):
     return torch.corrcoef(torch.stack([x, y]))[0, 1]
 
 
-def correlations(x, y):
-    """Of predictive stds (N,): Pearson's, and Spearman's, that of the ranks."""
-    ranks = [values.argsort().argsort().float() for values in (x, y)]
-    return dict(predictive_std_pearson=correlation(x, y).item(), predictive_std_spearman=correlation(*ranks).item())
+def compare_stds(a, b):
+    """gaussianity of a - b, both by predictive_std, image by image; Pearson's and Spearman's (of ranks) correlation."""
+    ranks = [one["std"].argsort().argsort().float() for one in (a, b)]
+    return gaussianity({name: a[name] - b[name] for name in a}) | dict(
+        predictive_std_pearson=correlation(a["std"], b["std"]).item(), predictive_std_spearman=correlation(*ranks).item())
