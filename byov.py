@@ -49,8 +49,8 @@ COLUMNS = [  # of the tables
      "salt_and_pepper_ece": "ECE %", "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"},
     {f"{name}_ece": f"{name.replace('_', ' ')}: ECE %" for name in CORRUPTIONS if name != "salt_and_pepper"},
     dict(predictive_std_mean="predictive std: mean %", predictive_std_sd="std %", predictive_std_skewness="skewness",
-         predictive_std_kurtosis="excess kurtosis", predictive_std_ks="KS distance %", predictive_std_qq_r2="Q-Q R²",
-         predictive_std_pearson="Pearson", predictive_std_spearman="Spearman")]
+         predictive_std_ks="KS distance %", predictive_std_qq_r2="Q-Q R²", predictive_logit_std_ks="of logits: KS %",
+         predictive_logit_std_qq_r2="Q-Q R²", predictive_std_pearson="Pearson")]
 T95 = 0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 97.5 %, for 1 to 10 seeds
 
 
@@ -194,8 +194,8 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """On test: metrics, predictions {(condition, variant): probs (N, K)} and, on clean images, predictive_std. Conditions
-    are [COUNT_labels_][CORRUPTION_SEVERITY_], variants "", _scaled (temperature for val), _S_draws, _mean_weights."""
+    """On test: metrics, predictions {(condition, variant): probs (N, K)}, predictive_std of clean images. Conditions
+    are [COUNT_labels_][CORRUPTION_SEVERITY_]; variants "", _scaled (temperature for val), _S_draws, _mean_weights."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if bayesian_layers(net) else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))

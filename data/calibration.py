@@ -56,8 +56,8 @@ def predictive_std(draws):
 
 
 def gaussianity(samples):
-    """Of each {NAME: (N,)}: moments, and how far from the Gaussian of the same mean and std (sd): the Kolmogorov-Smirnov
-    distance, and R^2 of the Q-Q plot."""
+    """Of each {NAME: (N,)}: moments, and how near to the Gaussian of the same mean and std (sd): Kolmogorov-Smirnov
+    distance (ks), R^2 of the Q-Q plot."""
     found = {}
     for name, x in samples.items():
         z = ((x - x.mean()) / x.std()).sort().values
@@ -75,6 +75,7 @@ def correlation(x, y):
 
 def compare_stds(a, b):
     """gaussianity of a - b, both by predictive_std, image by image; Pearson's and Spearman's (of ranks) correlation."""
-    ranks = [one["std"].argsort().argsort().float() for one in (a, b)]
-    return gaussianity({name: a[name] - b[name] for name in a}) | dict(
-        predictive_std_pearson=correlation(a["std"], b["std"]).item(), predictive_std_spearman=correlation(*ranks).item())
+    stds = [one["std"] for one in (a, b)]
+    ranks = [std.argsort().argsort().float() for std in stds]
+    found = dict(predictive_std_pearson=correlation(*stds).item(), predictive_std_spearman=correlation(*ranks).item())
+    return found | gaussianity({name: a[name] - b[name] for name in a})
