@@ -13,8 +13,7 @@ lambda = weight_decay * prior_std^2 makes its gradient on mu plain weight decay,
     python byov.py                trains BYOV, then measures a linear probe, on clean and corrupted images
     python byov.py --compare      BYOL, BYOV, BYOL with untrained noise of equal size on its weights, and supervision
 
-On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abstract was known: the rest is our choice,
-such as to pass both views as one batch, which share batch norm's statistics and the draw of convolutions.
+On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abstract was known: the rest is our choice.
 """
 import argparse
 import copy
@@ -33,6 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.augment import normalise, two_views
+from data.calibration import (calibration, compare_stds, gaussianity, knn_accuracy, measure_all, predictive_std,
+                              temperature_scale)
 from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, conditions
 
@@ -42,10 +43,14 @@ DEFAULTS = {
 }
 ARMS = "BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB"
 TRAINING = "data arm encoder width steps batch lr weight_decay tau prior_std".split()
-COLUMNS = [  # of the two tables
+COLUMNS = [  # of the tables
     dict(knn_acc="kNN %", linear_acc="linear %", nll="NLL", brier="Brier %", ece="ECE %", ece_scaled="scaled ECE %"),
     {"salt_and_pepper_linear_acc": "salt & pepper: linear %", "salt_and_pepper_brier": "Brier %",
-     "salt_and_pepper_ece": "ECE %", "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"}]
+     "salt_and_pepper_ece": "ECE %", "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"},
+    {f"{name}_ece": f"{name.replace('_', ' ')}: ECE %" for name in CORRUPTIONS if name != "salt_and_pepper"},
+    dict(predictive_std_mean="predictive std: mean %", predictive_std_sd="std %", predictive_std_skewness="skewness",
+         predictive_std_ks="KS distance %", predictive_std_qq_r2="Q-Q R²", predictive_logit_std_ks="of logits: KS %",
+         predictive_logit_std_qq_r2="Q-Q R²", predictive_std_pearson="Pearson")]
 T95 = 0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 97.5 %, for 1 to 10 seeds
 
 
@@ -156,29 +161,6 @@ def loss_terms(online, target, views, labels, args):
 
 # -------- Evaluation. N images, S draws of the weights, K classes; probs (N, K).
 
-def calibration(probs, labels):
-    """(3, 15): share of the images, mean confidence, accuracy, in each of 15 equal bins of the largest probability."""
-    confidence, guess = probs.max(1)
-    values = torch.stack([torch.ones_like(confidence), confidence, (guess == labels).float()])
-    sums = torch.zeros(3, 15, device=probs.device).index_add(1, (15 * confidence).long().clamp(max=14), values)
-    return torch.stack([sums[0] / len(probs), *(sums[1:] / sums[0].clamp(min=1))])
-
-
-def measure(probs, labels):
-    """Accuracy; NLL in nats; Brier score sum_k (p_k - y_k)^2, 0 to 2; ECE, the mean of |accuracy - confidence|."""
-    share, confidence, accuracy = calibration(probs, labels)
-    return dict(linear_acc=(share * accuracy).sum().item(), ece=(share * (accuracy - confidence).abs()).sum().item(),
-                brier=(probs - F.one_hot(labels, probs.shape[1])).square().sum(1).mean().item(),
-                nll=F.nll_loss(probs.clamp(min=1e-12).log(), labels).item())
-
-
-def temperature_scale(probs, val_probs, val_labels):
-    """probs at the temperature, of 141 from 0.2 to 5, with the least NLL on the validation images."""
-    temperatures = torch.logspace(-0.7, 0.7, 141, device=probs.device)
-    nll = [F.cross_entropy(val_probs.clamp(min=1e-12).log() / t, val_labels) for t in temperatures]
-    return (probs.clamp(min=1e-12).log() / temperatures[torch.stack(nll).argmin()]).softmax(-1)
-
-
 @torch.no_grad()
 def features(net, images, autocast, seeds=(None,)):
     """The encoder on images (N, 3, 32, 32) uint8 under a draw of the weights for each seed: (S, N, D)."""
@@ -189,13 +171,6 @@ def features(net, images, autocast, seeds=(None,)):
         with autocast:
             draws.append(torch.cat([net.encoder(normalise(some.float() / 255)) for some in images.split(4000)]))
     return torch.stack(draws)
-
-
-def knn_accuracy(bank, bank_labels, queries, labels):
-    """A vote of the 200 nearest by cosine, weighted by exp(cosine / 0.1)."""
-    cosine, nearest = (F.normalize(queries.float()) @ F.normalize(bank.float()).T).topk(200)    # (N, 200)
-    votes = torch.zeros(len(queries), 10, device=bank.device).scatter_add(1, bank_labels[nearest], (cosine / 0.1).exp())
-    return (votes.argmax(1) == labels).float().mean().item()
 
 
 @torch.enable_grad()
@@ -219,8 +194,8 @@ def fit_probe(draws, labels):
 
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
-    """(kNN accuracy, predictions on test {(condition, variant): probs (N, K)}). Conditions are [COUNT_labels_]
-    [CORRUPTION_SEVERITY_], variants "", _scaled (by the temperature for val), _S_draws and _mean_weights."""
+    """On test: metrics, predictions {(condition, variant): probs (N, K)}, predictive_std of clean images. Conditions
+    are [COUNT_labels_][CORRUPTION_SEVERITY_]; variants "", _scaled (temperature for val), _S_draws, _mean_weights."""
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = (data[part] for part in ("train", "val", "test"))
     seeds = range(args.seed, args.seed + args.samples) if bayesian_layers(net) else [None]
     bank, queries = (features(net, images, autocast)[0] for images in (train_x, test_x))
@@ -231,7 +206,7 @@ def evaluate(net, data, args, autocast):
         heads = {f"{n}_labels_" if i else "":
                  fit_probe(features(net, train_x[:n or None], autocast, seeds), train_y[:n or None])
                  for i, n in enumerate(args.probe_labels)}
-    predictions = {}
+    predictions, stds = {}, {}
     val = {prefix: head(val_h).softmax(-1).mean(0) for prefix, head in heads.items()}
     for condition, images in conditions(test_x, args.corruptions):
         h = features(net, images, autocast, seeds)
@@ -241,17 +216,10 @@ def evaluate(net, data, args, autocast):
             if not condition:
                 variants |= {f"_{s}_draws": draws[:s].mean(0) for s in (1, 4, 8) if s < len(seeds)}
                 variants["_mean_weights"] = head(queries).softmax(-1)
+                stds = stds or (predictive_std(draws) if len(draws) > 1 else {})
             predictions |= {(prefix + condition, variant): probs for variant, probs in variants.items()}
-    return knn_accuracy(bank, train_y, queries, test_y), predictions
-
-
-def measure_all(predictions, labels):
-    """The metrics of each condition and variant, and each corruption's mean over its five severities."""
-    metrics = {f"{condition}{key}{variant}": value for (condition, variant), probs in predictions.items()
-               for key, value in measure(probs, labels).items()}
-    for key in [key for key in metrics if "_5_" in key]:
-        metrics[key.replace("_5_", "_")] = sum(metrics[key.replace("_5_", f"_{i}_")] for i in range(1, 6)) / 5
-    return metrics
+    metrics = dict(knn_acc=knn_accuracy(bank, train_y, queries, test_y)) | measure_all(predictions, test_y)
+    return metrics | gaussianity(stds), predictions, stds
 
 
 # -------- Training
@@ -264,10 +232,8 @@ def train(args, data, device, autocast, out_dir):
     target = copy.deepcopy(online).requires_grad_(False)  # of the means: it has no posterior
     if args.arm in ("BYOV", "supervised BBB"):
         make_bayesian(online)
-    views_of, terms_of, on_gpu = two_views, loss_terms, device.type == "cuda"
-    if on_gpu:  # CUDA graphs: to launch the kernels may take longer than to run them
-        torch.compiler.reset()
-        views_of, terms_of = torch.compile(two_views), torch.compile(loss_terms, mode="reduce-overhead")
+    on_gpu = device.type == "cuda"
+    views_of, terms_of = map(torch.compile, (two_views, loss_terms)) if on_gpu else (two_views, loss_terms)
     means = {name: p for name, p in online.named_parameters() if not name.endswith("rho")}
     sources, averages = [*means.values()], [*target.parameters()]
     groups = [dict(params=[p for name, p in means.items() if (p.dim() > 1, "predictor" in name) == (matrix, quick)],
@@ -287,6 +253,18 @@ def train(args, data, device, autocast, out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     log = open(out_dir / "log.jsonl", "a" if first else "w", buffering=1)
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
+
+    def backward():
+        """The gradients for a drawn batch, in place of the last ones; (fit, KL, embedding)."""
+        online.train().zero_grad()
+        batch = torch.randint(len(images), (args.batch,), device=device)
+        views = views_of(images[batch], args.data)
+        with autocast:
+            fit, kl, embedding = terms_of(online, target, views, labels[batch], args)
+        (fit + args.weight_decay * args.prior_std ** 2 * kl).backward()
+        return fit.detach(), torch.as_tensor(kl).detach(), embedding
+
+    run, terms = backward, None
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     began = time.time() - seconds
@@ -297,16 +275,14 @@ def train(args, data, device, autocast, out_dir):
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group["peak"] * min((step + 1) / max(1, warmup), cosine)
         torch.manual_seed(1_000_003 * args.seed + step)  # nothing else decides batch, views, draws: resuming is exact
-        batch = torch.randint(len(images), (args.batch,), device=device)
-        views = views_of(images[batch], args.data)
-        online.train()
-        with autocast:
-            fit, kl, embedding = terms_of(online, target, views, labels[batch], args)
-        loss = fit + args.weight_decay * args.prior_std ** 2 * kl
-        loss.backward()
+        if on_gpu and step == first + 3:  # all is compiled by now: hundreds of launches become one
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                terms = backward()
+            run = graph.replay  # which fills the same tensors anew
+        fit, kl, embedding = terms = run() or terms
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
         with torch.no_grad():  # target <- tau target + (1 - tau) online, and tau rises to 1
             torch._foreach_lerp_(averages, sources, (1 - args.tau) * (1 + math.cos(math.pi * step / args.steps)) / 2)
         due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
@@ -314,20 +290,20 @@ def train(args, data, device, autocast, out_dir):
             continue
         spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
         bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
-        if spread < 0.1 or not math.isfinite(loss.item()):
-            fail(f"step {step + 1}: {'collapsed' if spread < 0.1 else 'diverged'}, loss {loss.item()}, learning rate "
+        if spread < 0.1 or not math.isfinite(fit.item()):
+            fail(f"step {step + 1}: {'collapsed' if spread < 0.1 else 'diverged'}, loss {fit.item()}, learning rate "
                  f"{group['lr']:.2e}\nHINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
         if due:
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
             covariance, ratios, seconds = queries.float().T.cov(), relative_sigmas(online), time.time() - began
-            record = dict(step=step + 1, seconds=seconds, fit=fit.item(), kl=torch.as_tensor(kl).item(), spread=spread,
+            record = dict(step=step + 1, seconds=seconds, fit=fit.item(), kl=kl.item(), spread=spread,
                           sigma_over_mu=sum(ratios) / max(1, len(ratios)),
                           effective_rank=(covariance.trace() ** 2 / covariance.square().sum()).item(),
                           val_knn_acc=knn_accuracy(bank, labels[:10_000], queries, data["val"][1]))
             log.write(json.dumps(record) + "\n")
             bar.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            state = dict(args=vars(args), step=step + 1, seconds=seconds)
-            torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".part"))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save(dict(args=vars(args), step=step + 1, seconds=seconds, **state), path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)  # so that a kill leaves the old checkpoint whole
         if stop:
             fail(f"interrupted at step {step + 1}; {path} is saved, --resume goes on", 130)
@@ -338,9 +314,8 @@ def train(args, data, device, autocast, out_dir):
 # -------- The paper's claims
 
 def compare(args, data, device, autocast, out_dir):
-    """Trains and measures each arm with each seed, for equal steps. Returns rows, mean and std of the metrics of each
-    arm and of BYOV's paired differences, and what each arm predicted with each seed."""
-    nets, found, predicted, labels = {}, {}, {}, data["test"][1]
+    """Trains each arm with each seed, for equal steps: {arm: [what evaluate returns, for each seed]}."""
+    nets, runs = {}, {}
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.compare):
         arm = argparse.Namespace(**vars(args) | dict(arm=name, seed=seed))
         if name == "BYOL+noise":  # of the size, relative to the weights of a layer, that BYOV learned there
@@ -348,59 +323,77 @@ def compare(args, data, device, autocast, out_dir):
             make_bayesian(nets[name], relative_sigmas(nets["BYOV"]))
         else:
             nets[name], seconds = train(arm, data, device, autocast, out_dir / f"{name}_seed_{seed}".replace(" ", "_"))
-        knn, predictions = evaluate(nets[name], data, arm, autocast)
-        found.setdefault(name, []).append(dict(seconds=seconds, knn_acc=knn, **measure_all(predictions, labels)))
-        predicted.setdefault(name, []).append(predictions)
+        metrics, *rest = evaluate(nets[name], data, arm, autocast)
+        runs.setdefault(name, []).append((dict(seconds=seconds) | metrics, *rest))
+    return runs
+
+
+def summarise(runs, labels):
+    """Rows, mean and std over seeds, of the metrics of each arm, of BYOV's paired differences, of BYOL's seeds as an
+    ensemble, and of differences between predictive stds, image by image."""
+    found = {name: [metrics for metrics, _, _ in some] for name, some in runs.items()}
+    stds = {name: [spread for _, _, spread in some] for name, some in runs.items() if some[0][2]}
     for name in [name for name in ("BYOL", "BYOL+noise") if {name, "BYOV"} <= found.keys()]:
         pairs = zip(found["BYOV"], found[name])
-        found[f"BYOV - {name}"] = [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]
-    if "BYOL" in found and args.seeds > 1:
-        mean = {key: torch.stack([one[key] for one in predicted["BYOL"]]).mean(0) for key in predicted["BYOL"][0]}
-        found[f"ensemble of {args.seeds} BYOL"] = [measure_all(mean, labels)]
+        found |= {f"BYOV - {name}": [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]}
+    if len(members := [predictions for _, predictions, _ in runs.get("BYOL", [])]) > 1:
+        mean = {key: torch.stack([one[key] for one in members]).mean(0) for key in members[0]}
+        found[f"ensemble of {len(members)} BYOL"] = [measure_all(mean, labels)]
+    pairs = {f"{name} less its next seed": zip(some, some[1:]) for name, some in stds.items() if len(some) > 1}
+    if {"BYOV", "supervised BBB"} <= stds.keys():
+        pairs["BYOV less supervised BBB"] = zip(stds["BYOV"], stds["supervised BBB"])
+    found |= {name: [compare_stds(a, b) for a, b in some] for name, some in pairs.items()}
     rows = []
     for name, some in found.items():
         values = {key: torch.tensor([metrics[key] for metrics in some], dtype=torch.float64) for key in some[0]}
         rows.append(dict(name=name, seeds=len(some)) | {key: x.mean().item() for key, x in values.items()})
         if len(some) > 1:
             rows[-1] |= {f"{key}_std": x.std().item() for key, x in values.items()}
-    return rows, predicted
+    return rows
 
 
 def table(rows):
     """Markdown: mean ± std over seeds; of a paired difference, mean ± half of its 95 % interval (Student's t)."""
     tables = []
     for columns in COLUMNS:
-        heads = {key: head for key, head in columns.items() if key in rows[0]}
+        heads = {key: head for key, head in columns.items() if any(key in row for row in rows)}
         lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
-        for row in rows:
+        for row in [row for row in rows if heads.keys() & row.keys()]:
             spread, cells = T95[row["seeds"] - 1] / row["seeds"] ** 0.5 if " - " in row["name"] else 1, [row["name"]]
             for key, head in heads.items():
                 scale, digits = (100, 2) if "%" in head else (1, 3)
                 numbers = [row[k] * scale * factor for k, factor in ((key, 1), (f"{key}_std", spread)) if k in row]
                 cells.append(" ± ".join(f"{number:.{digits}f}" for number in numbers))
             lines.append(f"| {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
+        if heads:
+            tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
-def plot(path, rows, predicted, labels, corruption):
-    """ECE and Brier score against severity, mean ± std over seeds; reliability."""
+def plot(path, rows, runs, labels, corruption):
+    """ECE and Brier score against severity, mean ± std over seeds; reliability; how sure two models are, compared."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    above, below = figure.subplots(2, 2)
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    above, below = figure.subplots(2, 3)
     for axis, metric, label in zip(above, ("ece", "brier"), ("ECE, %", "Brier score, %")):
         keys = [metric, *(f"{corruption}_{i}_{metric}" for i in range(1, 6))]
-        for row in [row for row in rows if " - " not in row["name"]]:
+        for row in [row for row in rows if metric in row and " - " not in row["name"]]:
             axis.errorbar(range(6), [100 * row[key] for key in keys], [100 * row.get(f"{key}_std", 0) for key in keys],
                           capsize=2, label=row["name"])
         axis.set(xlabel=f"severity of {corruption}", ylabel=label)
     figure.legend(*above[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    for axis, condition in zip(below, ("", f"{corruption}_3_")):
-        for some in predicted.values():
-            probs = torch.cat([predictions[condition, ""] for predictions in some])
+    for axis, condition in zip(below, ("", f"{corruption}_3_", f"{corruption}_5_")):
+        for some in runs.values():
+            probs = torch.cat([predictions[condition, ""] for _, predictions, _ in some])
             share, confidence, accuracy = calibration(probs, labels.repeat(len(some))).cpu()
             axis.plot(confidence[share > 1e-3], (accuracy - confidence)[share > 1e-3], ".-")
         axis.set(xlabel=f"confidence, {condition.strip('_') or 'clean'}", ylabel="accuracy - confidence")
+    if {"BYOV", "supervised BBB"} <= runs.keys():
+        pairs = zip(runs["BYOV"], runs["supervised BBB"])
+        x = torch.cat([a["std"] - b["std"] for (*_, a), (*_, b) in pairs]).sort().values.cpu()
+        above[2].hist(x, 100, density=True, color="0.8")
+        above[2].plot(x, torch.distributions.Normal(x.mean(), x.std()).log_prob(x).exp(), "k")
+        above[2].set(xlabel="predictive std, BYOV less supervised BBB", ylabel="density, and a Gaussian fit")
     figure.savefig(path, dpi=150)
 
 
@@ -432,7 +425,7 @@ def parse(argv):
     run("--compare", nargs="*", choices=ARMS, metavar="ARM", help=f"some of {', '.join(ARMS)}; none is all")
     run("--seeds", type=int, default=1, help="runs of each arm, up to 10")
     run("--seed", type=int, default=1337, help="of weights, batches, views and draws")
-    run("--plot", metavar="FILE.png", help="draw ECE and Brier score against severity, and reliability")
+    run("--plot", metavar="FILE.png", help="draw calibration, and predictive stds")
     run("--out_dir", default="out/byov", help="for metrics.json, and a folder for each arm and seed")
     run("--resume", action="store_true", help="go on from the checkpoints in out_dir, bit for bit")
     run("--eval_interval", type=int, default=2500, help="steps between evaluations, each with a checkpoint")
@@ -473,13 +466,14 @@ def main(argv=None):
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else args.device
     print(f"{name}, {'bfloat16 (capability 8.0 or more)' if bf16 else 'float32 (no fast bfloat16)'}, {dataset}, "
           f"{sum(p.numel() for p in make_network(args).parameters()):,} parameters")
-    rows, predicted = compare(args, data, device, autocast, out_dir)
+    runs = compare(args, data, device, autocast, out_dir)
+    rows = summarise(runs, data["test"][1])
     print(table(rows))
     result = dict(rows=rows) if len(rows) > 1 else rows[0]
     result.update(device=name, dataset=dataset, seed=args.seed, steps=args.steps, torch=torch.__version__)
     (out_dir / "metrics.json").write_text(json.dumps(result, indent=1))
     if args.plot:
-        plot(args.plot, rows, predicted, data["test"][1], args.corruptions[0])
+        plot(args.plot, rows, runs, data["test"][1], args.corruptions[0])
     return result
 
 

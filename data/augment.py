@@ -9,7 +9,6 @@ import torch
 
 from data.corruptions import blur
 
-GREY = 0.299, 0.587, 0.114
 VIEWS = {"glyphs": dict(crop=0.4, flip=0.0, hue=0.0, grey=0.0), "cifar10": dict(crop=0.2, flip=0.5, hue=0.1, grey=0.2)}
 
 
@@ -20,14 +19,19 @@ def resize(start, length, size):
     return (1 - (source.clamp(0, size - 1)[..., None] - i).abs()).clamp(min=0)[:, None]
 
 
+def grey_matrix(device):
+    """(3, 3): RGB to three times its luma; made on the device, since a CUDA graph cannot copy it there."""
+    return torch.stack([torch.full((3,), weight, device=device) for weight in (0.299, 0.587, 0.114)], 1)
+
+
 def jitter(factors, order):
     """(B, 6, 6): brightness, contrast, saturation, hue, by factors (B, 4), in the order (B, 4), on (pixel, mean pixel).
 
     Each is linear in the RGB of a pixel and, for contrast, the mean RGB of the image; hue turns colours around grey."""
     B, device = len(factors), factors.device
     one = torch.eye(3, device=device)
-    grey = torch.tensor(GREY, device=device).expand(3, 3)
-    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / 3 ** 0.5   # axis @ x: (1, 1, 1) x x
+    grey = grey_matrix(device)
+    axis = (one.roll(1, 0) - one.roll(-1, 0)) / 3 ** 0.5                                    # axis @ x: (1, 1, 1) x x
     f = factors[..., None, None]                                                            # (B, 4, 1, 1)
     angle = 2 * math.pi * f[:, 3]
     saturation = f[:, 2] * one + (1 - f[:, 2]) * grey
@@ -66,12 +70,11 @@ def augment(images, crop, flip, hue, grey, solarised, blurred=0.0):
     columns = resize(uniform(0, 1) * (S - width), width, S)
     columns = torch.where(uniform(0, 1, 1, 1, 1) < flip, columns.flip(2), columns)
     x = rows @ (images.float() / 255) @ columns.mT                                          # (B, 3, S, S)
-    some = uniform(0, 1, 1) < 0.8
-    factors = torch.cat([uniform(0.6, 1.4, 2), uniform(0.8, 1.2, 1)], 1).where(some, 1.0)
-    factors = torch.cat([factors, uniform(-hue, hue, 1).where(some, 0.0)], 1)
+    kept = uniform(0, 1, 1) >= 0.8
+    factors = torch.cat([uniform(0.6, 1.4, 2), uniform(0.8, 1.2, 1)], 1).masked_fill(kept, 1.0)
+    factors = torch.cat([factors, uniform(-hue, hue, 1).masked_fill(kept, 0.0)], 1)
     colour = jitter(factors, uniform(0, 1, 4).argsort(1))[:, :3]                            # (B, 3, 6)
-    to_grey = torch.tensor(GREY, device=device).expand(3, 3)
-    colour = torch.where(uniform(0, 1, 1, 1) < grey, to_grey @ colour, colour)
+    colour = torch.where(uniform(0, 1, 1, 1) < grey, grey_matrix(device) @ colour, colour)
     x = x.flatten(2)                                                                        # (B, 3, S * S)
     x = (colour[..., :3] @ x + colour[..., 3:] @ x.mean(2, keepdim=True)).clamp(0, 1).view(B, 3, S, S)
     if blurred:
