@@ -244,7 +244,7 @@ class FlashSigmoid(unittest.TestCase):
 # -------- sigmoid_gpt.py and data/text.py
 
 TINY = "--device cpu --layers 2 --channels 32 --heads 2 --context 16 --batch 8 --dropout 0.1 --data".split()
-TINY += [str(ROOT / "test_all.py")]
+TINY += [argparse.__file__]  # a text that our edits do not change
 
 
 def run(main, *flags):
@@ -280,7 +280,7 @@ class SigmoidGPT(unittest.TestCase):
     def test_learns(self):
         result, printed = self.train("--steps", 240, "--eval_interval", 80)
         for key in ("val_loss", "repeat_loss", "repeat_loss_beyond"):
-            self.assertLess(result[key], 2.9, key)  # at random 5.5, the frequencies of the bytes alone 3.4
+            self.assertLess(result[key], 2.7, key)  # at random 5.5, the frequencies of the bytes alone 2.9
         self.assertIn("val_loss", printed)
         self.assertEqual([[*x][:3] for x in sigmoid_gpt.history(self.out)], [[80, 160, 240], [0, 10, 20]])
         _, text = run(sigmoid_gpt.main, "--sample", "--prompt", "def ", "--out_dir", self.out, "--device", "cpu")
@@ -299,7 +299,7 @@ class SigmoidGPT(unittest.TestCase):
         self.assertFalse(resumed["head.weight"].equal(other["head.weight"]))
         status, printed = self.train("--resume", "--pos", "rope", "--layers", 3, "--data", ROOT / "byov.py")
         self.assertEqual((status, printed.count("there")), (2, 3), printed)
-        self.assertRegex(printed, r"dataset \S+test_all.py \([\d,]+ bytes\) there, \S+byov.py \([\d,]+ bytes\) here")
+        self.assertRegex(printed, r"dataset \S+argparse.py \([\d,]+ bytes\) there, \S+byov.py \([\d,]+ bytes\) here")
 
     def test_interrupt_and_kill(self):
         """Ctrl-C ends the step, saves and exits with 130; a write that is cut short leaves the old checkpoint."""
