@@ -290,9 +290,9 @@ def train(args, data, device, autocast, out_dir):
             continue
         spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
         bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
-        if spread < 0.1 or not math.isfinite(fit.item()):
-            fail(f"step {step + 1}: {'collapsed' if spread < 0.1 else 'diverged'}, loss {fit.item()}, learning rate "
-                 f"{group['lr']:.2e}\nHINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
+        if spread < 0.1 or not math.isfinite((fit + kl).item()):
+            fail(f"step {step + 1}: {'collapsed' if spread < 0.1 else 'diverged'}, loss {fit.item()}, KL {kl.item()}, "
+                 f"learning rate {group['lr']:.2e}\nHINT: a smaller --lr, a larger --tau or a smaller --prior_std", 1)
         if due:
             bank, queries = (features(online, some, autocast)[0] for some in (images[:10_000], data["val"][0]))
             covariance, ratios, seconds = queries.float().T.cov(), relative_sigmas(online), time.time() - began

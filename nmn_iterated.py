@@ -196,7 +196,7 @@ class Engine(nn.Module):
         return self.classifier(states[-1].unflatten(1, (9, -1)).amax(1)), wellformed
 
 
-# -------- Loss and evaluation
+# -------- Loss
 
 def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, args):
     """(loss, right (B,)) of a batch: rows (B,) of the training set, or, in phase "generator", of what was transmitted.
@@ -222,6 +222,8 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
     policy = -((right - baseline) * said).mean() if phase == "interacting" else 0.0
     return F.cross_entropy(logits, answers) + policy + supervised, right
 
+
+# -------- Evaluation
 
 @torch.no_grad()
 def evaluate(generator, engine, data, transmitted):
@@ -463,18 +465,18 @@ def fail(message, status=2):
 
 def parse_flags(argv):
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    parser = argparse.ArgumentParser(description="2105.01119", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Iterated learning of module networks (arXiv 2105.01119).",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    data = parser.add_argument_group("data").add_argument
+    groups = map(parser.add_argument_group, ("data", "model", "optimisation", "run"))
+    data, model, optimisation, run = (group.add_argument for group in groups)
     data("--data", choices=("generated", "published"), default="generated", help="images drawn anew, or the files")
     data("--images", type=int, default=600, help="to draw for each training question")
     data("--given", type=int, default=20, help="training questions, of 135, whose programs are given")
-    model = parser.add_argument_group("model").add_argument
     model("--modules", choices=("tensor", "film"), default="tensor", help="Tensor-NMN or Tensor-FiLM-NMN")
     model("--width", type=int, default=32, help="channels of the engine")
     model("--hidden", type=int, default=64, help="units of the generator")
     model("--spectral_norm", action="store_true", help="of the engine's convolutions")
-    optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--generations", type=int, default=3, help="1: no iterated learning, nothing but interaction")
     optimisation("--interact_steps", type=int, default=1000, help="in which both agents learn together")
     optimisation("--transmitted", type=int, default=2000, help="programs that the old generator says to the new one")
@@ -486,7 +488,6 @@ def parse_flags(argv):
     optimisation("--batch", type=int, default=128, help="images, or programs, a step")
     optimisation("--lr", type=float, default=1e-3, help="learning rate of AdamW")
     optimisation("--weight_decay", type=float, default=0.0, help="of AdamW")
-    run = parser.add_argument_group("run").add_argument
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=0, help="of images, given programs, weights and samples")
     run("--plot", metavar="FILE.png", help="draw answers and programs against interactions")
@@ -540,8 +541,7 @@ def main(argv=None):
         data = load(args, args.seed, device)
         result, records, agents = train(args, data, device, out_dir)
         curves = {f"{args.generations} generations": [records]}
-        for key, value in result.items():
-            print(f"{key:26}{value:,.4f}")
+        print("\n".join(f"{key:26}{value:,.4f}" for key, value in result.items()))
     for split in ("val_iid", "val_ood"):  # so that an accuracy can be read
         _, questions, answers = getattr(data, split)
         rates = torch.stack([answers[questions == i].float().mean() for i in questions.unique()])

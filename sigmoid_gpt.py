@@ -40,7 +40,6 @@ TRAINING = "dropout steps batch lr warmup weight_decay".split()
 LEARNED = dict(val_loss=3, best_val_loss=3, repeat_loss=3, repeat_loss_beyond=3, attention_rms_init=2,
                attention_rms_early=2)  # what tables show of a run, with so many decimals
 COST = dict(tokens_per_s=0, peak_gib=1, seconds=0)
-warnings.filterwarnings("ignore", "Mismatch dtype")  # eager RMSNorm of bf16 by weights in fp32, in evaluation
 
 
 # -------- Model. B batch, T tokens, C channels, H heads, D = C / H.
@@ -388,6 +387,7 @@ def main(argv=None):
     """Train, compare or sample, as the flags say; returns what is in metrics.json."""
     args = parse(argv)
     out_dir = Path(args.out_dir)
+    warnings.filterwarnings("ignore", "Mismatch dtype")  # eager RMSNorm of bf16 by weights in fp32, in evaluation
     if args.sample:
         return print(sample(args))
     if "RANK" in os.environ:  # started by torchrun

@@ -9,7 +9,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,20 +27,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels run on the CPU, in its interpreter
 
 import byov
-import data.augment
-from data.calibration import gaussianity, measure, predictive_std, temperature_scale
-import data.cifar10
-from data.corruptions import CORRUPTIONS, corrupt
-import data.densities
-import data.download
-import data.glyphs
-import data.mnist
 import data.text
 import flashsigmoid
 import hier_iwae
 import nmn_iterated
 import sigmoid_gpt
+from data import augment, cifar10, corruptions, densities, download, glyphs, mnist
 from data import shapes_questions as questions, shapes_syget as syget
+from data.calibration import gaussianity, measure, predictive_std, temperature_scale
 from flashsigmoid import sigmoid_attention, sigmoid_attention_reference, tl, triton
 
 ROOT = Path(__file__).parent
@@ -355,7 +348,8 @@ class SigmoidGPT(unittest.TestCase):
         self.assertEqual(json.loads((self.out / "metrics.json").read_text())["rows"], result["rows"])
         self.assertTrue(not plot or (self.out / "x.png").stat().st_size > 5000)
         self.assertIn(f"| softmax | {softmax['val_loss']:.3f} ± {softmax['val_loss_std']:.3f} |", printed)
-        self.assertIn("| pos | attention |", sigmoid_gpt.table([softmax, softmax | dict(pos="rope")]))
+        single = json.loads((self.out / "softmax_seed_1337" / "metrics.json").read_text())
+        self.assertIn("| pos | attention |", sigmoid_gpt.table([softmax, single | dict(pos="rope")]))
         self.assertRegex(self.train(*flags, "--resume", "--lr", 1)[1], "softmax_seed_1337.* lr 0.003 there, 1.0 here")
 
     def test_two_processes(self):
@@ -395,7 +389,7 @@ class SigmoidGPT(unittest.TestCase):
 class TextData(unittest.TestCase):
     def setUp(self):
         self.folder = scratch(self)
-        for module in (data.download, data.text):
+        for module in (download, data.text):
             patch = mock.patch.object(module, "CACHE", self.folder / "cache")
             patch.start()
             self.addCleanup(patch.stop)
@@ -403,15 +397,15 @@ class TextData(unittest.TestCase):
     def test_download_and_cache(self):
         source, content = self.folder / "source.txt", b"to be or not to be"
         source.write_bytes(content)
-        arguments = "x/y.txt", source.as_uri(), data.download.checksum(content)
+        arguments = "x/y.txt", source.as_uri(), download.checksum(content)
         for _ in range(2):  # the second time without the source: from the cache
-            self.assertEqual(data.download.cached(*arguments), content)
+            self.assertEqual(download.cached(*arguments), content)
             source.unlink(missing_ok=True)
         (self.folder / "cache/x/y.txt").write_bytes(content[:-1])
         with self.assertRaisesRegex(ValueError, f"y.txt: sha256 [0-9a-f]+, expected {arguments[2]}"):
-            data.download.cached(*arguments)
+            download.cached(*arguments)
         source.write_bytes(b"something else")
-        self.assertRaises(ValueError, data.download.cached, "x/z.txt", *arguments[1:])
+        self.assertRaises(ValueError, download.cached, "x/z.txt", *arguments[1:])
         self.assertEqual([path.name for path in (self.folder / "cache/x").iterdir()], ["y.txt"])  # nothing bad was kept
 
     def test_offline(self):
@@ -449,8 +443,7 @@ def weights(model, N, k, arm):
 
 class HierIWAE(unittest.TestCase):
     def setUp(self):
-        self.out = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.out)
+        self.out = scratch(self)
         torch.manual_seed(0)
 
     def train(self, flags, out=""):
@@ -529,17 +522,17 @@ class HierIWAE(unittest.TestCase):
 
     def test_data(self):
         """Glyphs are drawn by their seed; MNIST arrives whole."""
-        (images, _), again, other = (data.glyphs.load_glyphs(40, 32, 3, seed) for seed in (1, 1, 2))
+        (images, _), again, other = (glyphs.load_glyphs(40, 32, 3, seed) for seed in (1, 1, 2))
         self.assertTrue(images.shape == (40, 3, 32, 32) and images.equal(again[0]) and not images.equal(other[0]))
-        self.assertAlmostEqual(data.densities.log_normaliser(data.densities.TARGETS["u2"], 2), 3.30983, places=4)
+        self.assertAlmostEqual(densities.log_normaliser(densities.TARGETS["u2"], 2), 3.30983, places=4)
         content, file = bytes(16) + bytes(range(196)) * 8, self.out / "mnist/x.gz"
         file.parent.mkdir()
-        with mock.patch.multiple(data.mnist, SHA256={"x": data.download.checksum(content)}), \
-                mock.patch.object(data.download, "CACHE", self.out):
+        patch = mock.patch.multiple(mnist, SHA256={"x": download.checksum(content)})
+        with patch, mock.patch.object(download, "CACHE", self.out):
             file.write_bytes(gzip.compress(content))
-            self.assertEqual(data.mnist.idx_images("x")[1].flatten().tolist(), [*range(196)] * 4)
+            self.assertEqual(mnist.idx_images("x")[1].flatten().tolist(), [*range(196)] * 4)
             file.write_bytes(gzip.compress(content)[:-9])
-            self.assertRaisesRegex(ValueError, "x.gz: sha256", data.mnist.idx_images, "x")
+            self.assertRaisesRegex(ValueError, "x.gz: sha256", mnist.idx_images, "x")
 
 
 # -------- nmn_iterated.py, data/shapes_questions.py and data/shapes_syget.py
@@ -593,7 +586,7 @@ class NMNIterated(unittest.TestCase):
             with mock.patch.object(nmn_iterated, "save_checkpoint", spy):
                 run(nmn_iterated.main, *self.TINY, out, *flags)
             return found
-        self.addCleanup(shutil.rmtree, out := tempfile.mkdtemp())
+        out = scratch(self)
         learning, still, loss = states(), states("--lr", 0), nmn_iterated.loss_of
         for phase, (kind, other) in enumerate((("generator", "engine"), ("engine", "generator")), 1):
             self.assertTrue(learning[phase - 1, 4][other].equal(learning[phase, 4][other]))  # frozen
@@ -603,11 +596,13 @@ class NMNIterated(unittest.TestCase):
             with mock.patch.object(nmn_iterated, "loss_of", press if kill == "Ctrl-C" else loss):
                 self.assertEqual(max(states(kill=kill)), (0, 1) if kill == "Ctrl-C" else kill)
             self.assertTrue(all(x.equal(learning[3, 4][kind]) for kind, x in states("--resume")[3, 4].items()), kill)
-        for flags, words in (("--given 136", "136; allowed: 135"), ("--resume --width 9", "width 8 there, 9 here")):
-            self.assertRegex(str(run(nmn_iterated.main, *self.TINY, out, *flags.split())), rf"^\(2, .*ERROR: .*{words}")
+        for flags, words in (("--given 136", "136; allowed: 135"), ("--compare --generations 1", "1; allowed: 2 or"),
+                             ("--lr nan", "--lr nan; allowed"), ("--resume --width 9", "width 8 there, 9 here")):
+            status, printed = run(nmn_iterated.main, *self.TINY, out, *flags.split())
+            self.assertTrue(status == 2 and re.search(f"ERROR: .*{words}", printed), printed)
 
     def test_compare(self):
-        self.addCleanup(shutil.rmtree, out := tempfile.mkdtemp())
+        out = scratch(self)
         plot = ["--plot", f"{out}/x.png"] if importlib.util.find_spec("matplotlib") else []
         one, two = (run(nmn_iterated.main, *self.TINY, out, "--compare", "--eval_interval", 9, *more)[0]["rows"]
                     for more in (plot, ("--seeds", 2, "--resume")))  # of seed 0 the second reads, of seed 1 it trains
@@ -617,7 +612,8 @@ class NMNIterated(unittest.TestCase):
 
     def test_shapes(self):
         scene = torch.tensor([[1, 2], [0, 0], [0, 0], [3, 1], [1, 3]] + [[0, 0]] * 4).view(1, 3, 3, 2)
-        for text, answer in (("square above blue", 1), ("square left_of above triangle", 1), ("blue right_of red", 0)):
+        for text, answer in (("square above blue", 1), ("square above above red", 0), ("blue left_of red", 1),
+                             ("blue right_of red", 0), ("square left_of above triangle", 1), ("blue square", 0)):
             self.assertEqual(questions.execute(questions.program(text.split()), scene).item(), answer, text)
         images, scenes = syget.draw([("red", "red")] * 5000, torch.Generator().manual_seed(1))
         self.assertTrue(syget.decode(images).equal(scenes) and (scenes[..., 0] == 1).flatten(1).any(1).all())
@@ -628,22 +624,21 @@ class NMNIterated(unittest.TestCase):
             scenes = syget.decode(images.view(-1, 3, 3, 10, 10, 3).transpose(2, 3).reshape(-1, 30, 30, 3))
             found = [questions.execute([questions.TOKENS[i] for i in one if i], x[None]) for one, x in zip(z, scenes)]
             self.assertTrue(torch.cat(found).long().equal(shapes.train[2]))
-        if (data.download.CACHE / "shapes_syget/val_iid.input.npy").exists():
+        if (download.CACHE / "shapes_syget/val_iid.input.npy").exists():
             self.assertEqual(syget.published("val_iid")[2].sum(), 405)  # 1,080 answers, all of them the executor's
             with mock.patch.object(syget, "decode", lambda x, decode=syget.decode: decode(x.flip(-1))):  # as B, G, R
                 self.assertRaisesRegex(ValueError, "val_iid.output: 3[0-9][0-9] answers", syget.published, "val_iid")
+
+
 # -------- byov.py, data/calibration.py, data/cifar10.py, data/augment.py, data/corruptions.py
 
-SMALL = "--data glyphs --device cpu --width 4 --batch 16 --steps 4 --eval_interval 2 --samples 3".split()
-
-
 class BYOV(unittest.TestCase):
+    SMALL = "--data glyphs --device cpu --width 4 --batch 16 --steps 4 --eval_interval 2 --samples 3".split()
+
     def setUp(self):
         torch.manual_seed(0)
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.out, pair = Path(folder.name), (data.glyphs.load_glyphs(300, 32, 3)[0], torch.arange(300) % 10)
-        self.images, self.labels = pair
+        self.out = scratch(self)
+        pair = self.images, self.labels = glyphs.load_glyphs(300, 32, 3)[0], torch.arange(300) % 10
         patch = mock.patch.object(byov, "load_images", lambda _: (dict(train=pair, val=pair, test=pair), "few"))
         patch.start()
         self.addCleanup(patch.stop)
@@ -666,14 +661,14 @@ class BYOV(unittest.TestCase):
 
     def test_byol_step(self):
         """A step of BYOL against it written out: summed losses, SGD, then the average of weights."""
-        run(byov.main, *SMALL, "--compare", "BYOL", "--steps", 1, "--out_dir", self.out)
-        args = byov.parse(SMALL)
+        run(byov.main, *self.SMALL, "--compare", "BYOL", "--steps", 1, "--out_dir", self.out)
+        args = byov.parse(self.SMALL)
         torch.manual_seed(args.seed)
         online, target = byov.make_network(args), byov.make_network(args)
         target.load_state_dict(online.state_dict())
         torch.manual_seed(1_000_003 * args.seed)
         batch = torch.randint(300, (16,))
-        views = data.augment.two_views(self.images[batch], args.data)
+        views = augment.two_views(self.images[batch], args.data)
         byov.loss_terms(online, target, views, None, args)[0].backward()
         self.assertEqual([w for w in target.parameters() if w.grad is not None], [])
         online.zero_grad()
@@ -688,7 +683,8 @@ class BYOV(unittest.TestCase):
     def test_metrics(self):
         two, three = torch.tensor([[[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]], [[0.6, 0.4], [0.6, 0.4], [0.3, 0.7]]])
         found = measure(two, torch.tensor([0, 1, 1])) | predictive_std(torch.stack([two, three]))
-        for key, value in dict(ece=1.1 / 3, ece_adaptive=1.1 / 3, brier=0.98 / 3, nll=-math.log(0.224) / 3).items():
+        for key, value in dict(ece=1.1 / 3, brier=0.98 / 3, linear_acc=2 / 3, nll=-math.log(0.224) / 3,
+                               ece_adaptive=1.1 / 3).items():
             self.assertAlmostEqual(found[key], value, places=5, msg=key)  # gaps 0.2, 0.6, 0.3; squares 0.08, 0.72, 0.18
         torch.testing.assert_close(found["std"], torch.tensor([0.02 ** 0.5, 0, 0]))
         shapes = gaussianity(dict(flat=torch.rand(100_000), bell=torch.randn(100_000)))
@@ -701,21 +697,21 @@ class BYOV(unittest.TestCase):
 
     def test_images(self):
         factors = torch.tensor([[2.0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1 / 3]])
-        colour = data.augment.jitter(factors, torch.arange(4).expand(4, 4))[:, :3] @ torch.tensor([1, 0, 0, .5, .5, .5])
+        colour = augment.jitter(factors, torch.arange(4).expand(4, 4))[:, :3] @ torch.tensor([1, 0, 0, .5, .5, .5])
         torch.testing.assert_close(colour, torch.tensor([[2.0, 0, 0], [0.5] * 3, [0.299] * 3, [0, 1, 0]]))
-        rows = data.augment.resize(torch.tensor([8.0]), torch.tensor([16.0]), 32)[0, 0] @ torch.arange(32.0)
+        rows = augment.resize(torch.tensor([8.0]), torch.tensor([16.0]), 32)[0, 0] @ torch.arange(32.0)
         torch.testing.assert_close(rows, 7.75 + torch.arange(32) / 2)
-        grey = torch.full((16, 3, 32, 32), 128, dtype=torch.uint8)
+        grey, clean = torch.full((16, 3, 32, 32), 128, dtype=torch.uint8), self.images.float()
         for severity, amount in enumerate((0.01, 0.02, 0.03, 0.05, 0.07), 1):
-            changed = corrupt(grey, "salt_and_pepper", severity) != 128
+            changed = corruptions.corrupt(grey, "salt_and_pepper", severity) != 128
             self.assertAlmostEqual(changed.float().mean().item(), amount, delta=0.003)
-        for name in CORRUPTIONS:
-            weak, strong = ((corrupt(self.images, name, i).float() - self.images).square().mean() for i in (1, 5))
+        for name in corruptions.CORRUPTIONS:
+            weak, strong = (F.mse_loss(corruptions.corrupt(self.images, name, i).float(), clean) for i in (1, 5))
             self.assertTrue(0 < weak < strong, name)
 
     def test_runs(self):
         """Resume to the bit and measured alike; --compare, also resumed; collapse; bad flags; a broken CIFAR-10."""
-        rename, grey, flags = Path.replace, torch.ones(8, 4), [*SMALL, "--out_dir", self.out]
+        rename, grey, flags = Path.replace, torch.ones(8, 4), [*self.SMALL, "--out_dir", self.out]
         with mock.patch.object(Path, "replace", lambda *x: rename(*x) and sys.exit(9)):  # once a checkpoint is there
             self.assertEqual(run(byov.main, *flags)[0], 9)
         self.assertIn("width 4 there, 8 here", run(byov.main, *flags, "--resume", "--width", 8)[1])
@@ -724,7 +720,8 @@ class BYOV(unittest.TestCase):
         compare = [*flags, "--compare", "--seeds", 2, "--steps", 2]
         plot = ["--plot", self.out / "plot.png"] if importlib.util.find_spec("matplotlib") else []
         result, printed = run(byov.main, *compare, *plot)
-        self.assertEqual([result["rows"][i]["name"] for i in (5, -1)], ["BYOV - BYOL", "BYOV less supervised BBB"])
+        names = [row["name"] for row in result["rows"]]
+        self.assertEqual((names[4:6], names[-1]), (["supervised BBB", "BYOV - BYOL"], "BYOV less supervised BBB"))
         self.assertIn(byov.table(result["rows"]), printed)
         with mock.patch.object(byov, "loss_terms"):  # nothing is trained twice
             self.assertEqual(run(byov.main, *compare, "--resume")[0], result)
@@ -732,8 +729,11 @@ class BYOV(unittest.TestCase):
             self.assertRegex(run(byov.main, *flags)[1], "ERROR: .*collapsed")
         for bad, words in (("--steps 0", "--steps 0; allowed: 1"), ("--tau 2", "0 to 1"), ("--data x", "--data.*'x'")):
             self.assertRegex(run(byov.main, *flags, *bad.split())[1], f"ERROR: .*{words}")
-        with mock.patch.multiple(Path, exists=lambda _: True, read_bytes=lambda _: b"broken"):
-            self.assertRaisesRegex(ValueError, "data_batch_1.bin: MD5 .*expected 5dd7", data.cifar10.load_cifar10)
+        (self.out / "cifar10").mkdir()
+        for name in cifar10.MD5:
+            (self.out / "cifar10" / name).write_bytes(b"broken")
+        with mock.patch.object(cifar10, "CACHE", self.out):
+            self.assertRaisesRegex(ValueError, "data_batch_1.bin: MD5 .*expected 5dd7", cifar10.load_cifar10)
 
 
 class Repository(unittest.TestCase):
