@@ -6,7 +6,7 @@ GPT with sigmoid self-attention ("Theory, Analysis, and Best Practices for Sigmo
 What makes it train, in the paper: keep the attention output small early on, by b and ALiBi; normalise q and k; at
 scale, normalise what each branch adds ("hybrid norm"). Each is a flag. Tokens are bytes; the loss is in nats per byte.
 
-    python sigmoid_gpt.py                 trains on tiny shakespeare and writes a sample; 2-core CPU: 1.62 in 3 minutes
+    python sigmoid_gpt.py                 trains on tiny shakespeare and writes a sample; 2-core CPU: 1.62 in 4 minutes
     python sigmoid_gpt.py --compare       softmax, sigmoid, and sigmoid without its bias: loss, norms, speed, memory
     python sigmoid_gpt.py --sample --prompt "ROMEO:"          torchrun --nproc_per_node 2 sigmoid_gpt.py
 
