@@ -445,7 +445,7 @@ def benchmark():
         before = torch.cuda.memory_allocated()
         f()
         peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
-        return flops / triton.testing.do_bench(f, warmup=25, rep=100, return_mode="median") / 1e9, peak
+        return flops / triton.testing.do_bench(f, warmup=100, rep=200, return_mode="median") / 1e9, peak
 
     rows = []
     sdpa = F.scaled_dot_product_attention
