@@ -5,15 +5,14 @@ IWAE draws k samples that know nothing of each other. Here they share a z0, so t
 
     z0 ~ q0(z0 | x),   z_j ~ q_j(z_j | z0, x) for j = 1..k,   and a reverse model r_j(z0 | z_j, x) pays for z0
     bound = E log p_hat <= log p(x),   p_hat = mean_j w_j,   w_j = p(x, z_j) r_j(z0 | z_j, x) / (q0(z0 | x) d_j)
-    d_j = q_j(z_j) (uniform weights), or the mixture (1/k) sum_l q_l(z_j) (balance heuristic)
+    d_j = q_j(z_j)^(1-p) (1/k) sum_l q_l(z_j)^p,   p = 0 uniform weights, 1 balance heuristic, 2 power heuristic
 
 Baselines: --proposal gaussian is IWAE (with --k 1 the VAE), iid draws k pairs (z0, z) from one hierarchy, independent
 draws a z0 for each q_j: all stays but the coupling. --grad dreg is the doubly reparameterised gradient, exact here.
+Differs from the authors' code: plainer networks, a z0 of two dimensions, steps, batch, schedule; trained on the bound.
 
     python hier_iwae.py                        a 2-D density on a CPU, binarised MNIST on a GPU
     python hier_iwae.py --compare --seeds 3    the proposals, then the estimators, at equal k and steps, in one table
-
-Differs from the authors' code: plainer networks, a z0 of two dimensions, steps, batch, schedule; trained on the bound.
 """
 import argparse
 import importlib.util
@@ -39,8 +38,8 @@ DEFAULTS = {
     "images": dict(k=[5], latent=32, hidden=100, context=100, batch=256, steps=4000, lr=2e-3, nll_samples=5000),
     "images on cpu": dict(batch=32, steps=400, lr=1e-3, nll_samples=200, test_images=500),
 }
-ARMS = "gaussian iid independent joint gaussian:dreg joint:dreg independent:balance joint:balance".split()
-warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+ARMS = "gaussian iid independent joint gaussian:dreg joint:dreg independent:balance joint:balance joint:power".split()
+POWERS = dict(uniform=0, balance=1, power=2)  # p of d_j
 SAME = "task target data proposal weights grad k steps batch lr seed".split()  # of a run and what goes on from it
 
 
@@ -96,14 +95,14 @@ class HIWAE(nn.Module):
             self.log_z = log_normaliser(self.target, d)
             self.encoder = lambda x: x.new_ones(len(x), 1)  # a density has no x: (N, 0) -> (N, 1)
             return
-        conv, twice = (lambda i, o, stride=1: nn.Conv2d(i, o, 3, stride, padding=1)), nn.Upsample(scale_factor=2)
+        conv = lambda i, o, stride=1: nn.Conv2d(i, o, 3, stride, padding=1)
         self.encoder = nn.Sequential(
             Residual(conv, 1, 16, stride=2), Residual(conv, 16, 16), Residual(conv, 16, 32, stride=2),
             Residual(conv, 32, 32), Residual(conv, 32, 32, stride=2), nn.Flatten(), Residual(nn.Linear, 512, C))
-        self.decoder = nn.Sequential(
-            Residual(nn.Linear, d, C), Residual(nn.Linear, C, 512), nn.Unflatten(1, (32, 4, 4)), twice,
-            Residual(conv, 32, 32), Residual(conv, 32, 32), nn.ZeroPad2d((0, -1, 0, -1)), twice,
-            Residual(conv, 32, 16), Residual(conv, 16, 16), conv(16, 4), nn.PixelShuffle(2))        # (N, 1, 28, 28)
+        self.decoder = nn.Sequential(                                                       # (N, 1, 28, 28)
+            Residual(nn.Linear, d, C), Residual(nn.Linear, C, 512), nn.Unflatten(1, (32, 4, 4)),
+            nn.Upsample(None, 2), Residual(conv, 32, 32), Residual(conv, 32, 32), nn.ZeroPad2d((0, -1, 0, -1)),
+            nn.Upsample(None, 2), Residual(conv, 32, 16), Residual(conv, 16, 16), conv(16, 4), nn.PixelShuffle(2))
         nn.init.constant_(self.decoder[-2].bias, -3)  # most pixels are black
 
     def log_joint(self, x, z):
@@ -137,15 +136,14 @@ def log_weights(model, x, args):
     z0 = m0 + s0 * torch.randn(N, 1 if args.proposal == "joint" else k, m0.shape[-1], device=c.device, dtype=c.dtype)
     mean, std = model.q(z0, c)                                                              # (N, J, L, d)
     z = own(mean) + own(std) * torch.randn_like(own(mean))                                  # (N, k, d)
-    dreg = args.grad == "dreg" and torch.is_grad_enabled()
-    if dreg:
+    if args.grad == "dreg":
         m0, s0, mean, std = (t.detach() for t in (m0, s0, mean, std))
     log_d = log_normal(z, own(mean), own(std))                                              # (N, k)
-    if args.weights == "balance":
-        log_d = log_normal(z[:, :, None], mean, std).logsumexp(2) - math.log(mean.shape[2])
+    if p := POWERS[args.weights]:
+        log_d = (1 - p) * log_d + (p * log_normal(z[:, :, None], mean, std)).logsumexp(2) - math.log(mean.shape[2])
     log_r = log_normal(z0, *(own(t) for t in model.r(z, c)))
     log_w = model.log_joint(x, z) + log_r - log_normal(z0, m0, s0) - log_d
-    if not dreg:
+    if args.grad == "plain" or not z.requires_grad:
         return log_w, (z0, z), math.log(k) - log_w.logsumexp(1).mean()
     v = log_w.softmax(1).detach()
     z.register_hook(lambda gradient: v[..., None] * gradient)
@@ -181,14 +179,16 @@ def evaluate(model, x, args, samples):
     found = statistics(torch.stack(draws, 0 if model.target else 1))                        # (1, N, k) or (N, R, k)
     if args.target == "loggamma" and args.proposal != "gaussian":
         found["slopes"] = model.q.own.weight[:, 0].tolist()  # of the means in z0: these proposals are linear
+    if not model.target:  # Burda et al.: Var over x of E[z | x] > 0.01, here without what noise adds to it
+        means = torch.stack([log_weights(model, x[:rows], args)[1][1].mean(1) for _ in range(min(repeats, 100))])
+        found["active_units"] = float((means.mean(0).var(0) - means.var(0).mean(0) / len(means) > 0.01).sum())
     return found | (dict(gap=-found["bound"]) if model.target else {})
 
 
 # -------- Training
 
 def train(args, images, val, test, device, out_dir):
-    """Train on images, validate and test on others, all empty for a density; out_dir gets checkpoint.pt, log.jsonl and
-    metrics.json. Returns (model, metrics); of a run that is resumed and had finished, what is there."""
+    """Train on images, test on others, empty for a density: (model, metrics); a resumed run that has ended is read."""
     began = time.time()
     checkpoint, finished = out_dir / "checkpoint.pt", out_dir / "metrics.json"
     first = 0
@@ -269,7 +269,7 @@ def compare(args, data, device, out_dir):
     rows = []
     for arm, k in ((arm, k) for arm in args.compare for k in args.k):
         proposal, _, extra = arm.partition(":")
-        flags = dict(proposal=proposal, k=[k], weights="balance" if extra == "balance" else "uniform",
+        flags = dict(proposal=proposal, k=[k], weights=extra if extra in POWERS else "uniform",
                      grad="dreg" if extra == "dreg" else "plain")
         runs = []
         for seed in range(args.seed, args.seed + args.seeds):
@@ -313,8 +313,7 @@ def plot(path, rows):
 
 @torch.no_grad()
 def draw(path, args, model, x):
-    """Of a plane density how the proposals share the work: samples of each q_j, coloured by |z0|, on its contours.
-    Of images x twenty, their reconstructions, and twenty new ones, a row each."""
+    """Of a plane density samples of each q_j, coloured by |z0|; of images x twenty, reconstructed, and twenty new."""
     from matplotlib import figure, image
     _, (z0, z), _ = log_weights(model, x.new_zeros(3000, 0) if model.target else x[:20], args)
     if not model.target:
@@ -343,21 +342,19 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Hierarchical importance weighted autoencoder (arXiv 1905.04866).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    data = parser.add_argument_group("data").add_argument
+    groups = map(parser.add_argument_group, ("data", "model", "optimisation", "run"))
+    data, model, optimisation, run = (group.add_argument for group in groups)
     data("--task", choices=("density", "images"), default="density" if there[0] == "cpu" else "images", help="to model")
     data("--target", choices=TARGETS, default="u2", help="density")
     data("--data", choices=("mnist", "glyphs"), help="images; None is mnist, or glyphs where that can't be had")
     data("--test_images", type=int, default=10_000, help="of the test set, from its start")
-    model = parser.add_argument_group("model").add_argument
     model("--proposal", choices=("joint", "independent", "iid", "gaussian"), default="joint", help="of samples")
-    model("--weights", choices=("uniform", "balance"), default="uniform", help="of samples; balance heuristic")
+    model("--weights", choices=POWERS, default="uniform", help="of samples; balance or power heuristic")
     model("--k", type=int, nargs="+", help="samples; several only with --compare")
-    optimisation = parser.add_argument_group("optimisation").add_argument
     optimisation("--grad", choices=("plain", "dreg"), default="plain", help="estimator of the gradient")
     optimisation("--steps", type=int, help="optimiser steps of a run")
     optimisation("--batch", type=int, help="images, or draws of z0, a step")
     optimisation("--lr", type=float, help="learning rate of Adam")
-    run = parser.add_argument_group("run").add_argument
     run("--compare", nargs="*", choices=ARMS, metavar="ARM", help=f"some of {', '.join(ARMS)}; none is all")
     run("--seeds", type=int, default=1, help="with --compare: runs an arm")
     run("--seed", type=int, default=1337, help="of weights, batches and noise")
@@ -379,6 +376,8 @@ def parse(argv):
              f"--k {' '.join(map(str, args.k))}; allowed: 1 or more, several only with --compare"),
             (args.grad == "dreg" and (args.weights != "uniform" or args.proposal in ("iid", "independent")),
              "--grad dreg; allowed: with uniform weights and a joint or gaussian proposal, where it is unbiased"),
+            (args.resume and not args.compare and not Path(args.out_dir, "checkpoint.pt").exists(),
+             f"--out_dir {args.out_dir} holds no checkpoint.pt\nHINT: train first, without --resume"),
             (args.plot and not args.compare and args.latent == 1, "--plot; allowed: images, plane densities, compare"),
             (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
             (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
@@ -390,6 +389,7 @@ def parse(argv):
 def main(argv=None):
     """Train or compare, as the flags say; returns what is in metrics.json."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted; --resume goes on", status=130))
+    warnings.filterwarnings("ignore", "Initializing zero-element tensors")
     args = parse(argv)
     out_dir, device = Path(args.out_dir), torch.device(args.device)
     data = [torch.zeros(args.batch, 0, device=device)] * 3

@@ -436,8 +436,8 @@ def linear(q, r, log_joint):
 
 
 def weights(model, N, k, arm):
-    proposal, weights, grad = arm.split()
-    args = argparse.Namespace(k=[k], proposal=proposal, weights=weights, grad=grad)
+    proposal, weights = arm.split()
+    args = argparse.Namespace(k=[k], proposal=proposal, weights=weights, grad="plain")
     return hier_iwae.log_weights(model, torch.ones(N, 1, dtype=torch.float64), args)
 
 
@@ -449,14 +449,13 @@ class HierIWAE(unittest.TestCase):
     def train(self, flags, out=""):
         return run(hier_iwae.main, *"--device cpu --nll_samples 3000 --out_dir".split(), self.out / out, *flags.split())
 
-    def test_bound(self):
-        """x = 1.3 with p(x) = N(0, 5/4): valid weights are unbiased, with known gaps; balance with own r_j is not."""
+    def test_bound(self):  # x = 1.3, p(x) = N(0, 5/4): valid weights are unbiased, known gaps; with own r_j some not
         q, shared = [[0.4, 1, 1.6], [0.5, -0.4, 0.2], [0.5, 0.6, 0.45]], [[0.1], [0.2], [0.9]]
         own, log_p = [[-0.5, 0.3, 1], [0.5, -0.4, 0.2], [0.9] * 3], -1.69 / 2.5 - 0.5 * math.log(2.5 * math.pi)
         log_joint = lambda z: (-2 * (1.3 - z) ** 2 - z * z / 2).sum(-1) - math.log(math.pi)
-        for arm, r, gap in (("joint uniform plain", shared, 0.367), ("joint uniform plain", own, 0.461),
-                            ("joint balance plain", shared, 0.1725), ("independent balance plain", shared, 0.1297),
-                            ("joint balance plain", own, None)):
+        for arm, r, gap in (("joint uniform", shared, 0.367), ("joint uniform", own, 0.461),
+                            ("joint balance", shared, 0.1725), ("independent balance", shared, 0.1297),
+                            ("joint power", shared, 0.1968), ("joint balance", own, None), ("joint power", own, None)):
             log_w, _, loss = weights(linear(q, r, log_joint), 200_000, 3, arm)
             p_hat = (log_w - log_p).exp().mean(1)
             score = (p_hat.mean() - 1) / p_hat.std() * len(p_hat) ** 0.5
@@ -464,9 +463,8 @@ class HierIWAE(unittest.TestCase):
 
     def test_reductions(self):
         """Equal q_j that ignore z0, r = q0: the weights of IWAE. k = 1 and r(z0 | z) = q(z0 | z): those of q(z)."""
-        for arm, k, r, std in (("joint uniform plain", 3, [[0], [0], [1]], 0.8),
-                               ("joint balance plain", 3, [[0], [0], [1]], 0.8),
-                               ("joint uniform plain", 1, [[-0.18], [0.6], [0.8]], 1)):  # q(z) = N(0.3, 1)
+        for arm, k, r, std in (*((f"joint {name}", 3, [[0], [0], [1]], 0.8) for name in hier_iwae.POWERS),
+                               ("joint uniform", 1, [[-0.18], [0.6], [0.8]], 1)):  # q(z) = N(0.3, 1)
             q = [[0.3] * k, [0.6 * (k == 1)] * k, [0.8] * k]
             log_w, (_, z), _ = weights(linear(q, r, lambda z: (-0.5 * z * z).sum(-1)), 99, k, arm)
             expected = 0.5 * ((z - 0.3) / std) ** 2 + math.log(std) + 0.5 * math.log(2 * math.pi) - 0.5 * z * z
@@ -477,15 +475,14 @@ class HierIWAE(unittest.TestCase):
         log_prior = lambda z: torch.distributions.Normal(0.5, 0.8).log_prob(z).sum(-1)
         for sign, known in ((-1, (-0.0619, -0.194, 0.1286, 0.0769)), (1, (0.0630, 0.198, 0.1909, 0.1518))):
             model = linear([[0, 0], [0.6, 0.6 * sign], [0.9] * 2], [[0, 0], [0.5, 0.5 * sign], [0.9] * 2], log_prior)
-            log_w, _, _ = weights(model, 400_000, 2, "joint uniform plain")
+            log_w, _, _ = weights(model, 400_000, 2, "joint uniform")
             found, p_hat = hier_iwae.statistics(log_w[None]), log_w.exp().mean(1)
             variance = found["variance_part"] + found["covariance_part"]
             self.assertAlmostEqual(variance, (p_hat / p_hat.mean()).var().item(), places=9)
             values = torch.tensor([2 * found["covariance_part"], found["correlation"], variance, -found["bound"]])
             torch.testing.assert_close(values, torch.tensor(known), atol=0.006, rtol=0)
 
-    def test_gradients(self):
-        """Squared z-scores of dreg against plain: the same mean where it is allowed, another where it is refused."""
+    def test_gradients(self):  # squared z-scores of dreg against plain: the same mean where it is allowed, else another
         for arm, exact in (("joint", 1), ("gaussian --target loggamma", 1), ("iid", 0), ("joint --weights balance", 0)):
             torch.manual_seed(2)
             args, found = hier_iwae.parse(f"--device cpu --task density --proposal {arm}".split()), []
@@ -498,8 +495,7 @@ class HierIWAE(unittest.TestCase):
             score = ((a - b) ** 2 * 80 / (s + t + 1e-12)).mean()
             self.assertTrue(score < 2 if exact else score > 3, (arm, score))
 
-    def test_runs(self):
-        """Stopped, killed, resumed equals whole; the hierarchy beats IWAE; a decoder learns; wrong flags are named."""
+    def test_runs(self):  # stopped, killed, resumed is whole; joint beats IWAE; a decoder learns; wrong flags are named
         flags, clip = "--target loggamma --steps 40", torch.nn.utils.clip_grad_norm_
         with mock.patch("torch.nn.utils.clip_grad_norm_", lambda *x: signal.raise_signal(signal.SIGINT) or clip(*x)):
             status, printed = self.train(flags)
@@ -516,12 +512,16 @@ class HierIWAE(unittest.TestCase):
         flags = "--task images --data glyphs --k 2 --batch 8 --steps 60 --lr 0.003 --nll_samples 8 --test_images 100"
         images, _ = self.train(flags, "images")
         self.assertTrue(-260 < images["bound"] <= -images["nll"], images)  # it starts at -550
-        for flags, words in (("--grad dreg --weights balance", "--grad dreg; allowed"), ("--k 0", "--k 0; allowed"),
-                             ("--compare x", "--compare: inv"), ("--resume --target u1 --steps 40", "there, u1 here")):
+        z = lambda x: x[:, :1, None] * torch.tensor([0, 0.05, 0.2, 1]) + torch.randn(len(x), 2, 4)
+        with mock.patch.object(hier_iwae, "log_weights", lambda _, x, args: (x, (None, z(x)))):  # two active units
+            found = hier_iwae.evaluate(mock.Mock(target=None), torch.randn(400, 2), hier_iwae.parse(["--k", "2"]), 40)
+        self.assertEqual(found["active_units"], 2)
+        for flags, words in (("--grad dreg --weights power", "--grad dreg; allowed"), ("--k 2 3", "--k 2 3; allowed"),
+                             ("--grad dreg --proposal iid", "--grad dreg; allowed"), ("--compare x", "--compare: inv"),
+                             ("--resume --target u1 --steps 40", "there, u1 here"), ("--resume --out_dir x", "no ch")):
             self.assertRegex("{} {}".format(*self.train(flags)), f"(?s)^2 .*ERROR: .*{words}")
 
-    def test_data(self):
-        """Glyphs are drawn by their seed; MNIST arrives whole."""
+    def test_data(self):  # glyphs are drawn by their seed; MNIST arrives whole
         (images, _), again, other = (glyphs.load_glyphs(40, 32, 3, seed) for seed in (1, 1, 2))
         self.assertTrue(images.shape == (40, 3, 32, 32) and images.equal(again[0]) and not images.equal(other[0]))
         self.assertAlmostEqual(densities.log_normaliser(densities.TARGETS["u2"], 2), 3.30983, places=4)
