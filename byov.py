@@ -32,17 +32,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.augment import normalise, two_views
-from data.calibration import (calibration, compare_stds, gaussianity, knn_accuracy, measure_all, predictive_std,
-                              temperature_scale)
+from data.calibration import (calibration, compare_stds, fit_probe, gaussianity, knn_accuracy, measure_all,
+                              predictive_std, temperature_scale)
 from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, conditions
+from flashsigmoid import sigmoid_attention
 
 DEFAULTS = {
     "glyphs": dict(encoder="conv", width=16, steps=300, prior_std=0.05, probe_labels=[300]),
     "cifar10": dict(encoder="resnet18", width=64, steps=20_000, prior_std=0.002, probe_labels=[0, 400]),
 }
 ARMS = "BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB"
-TRAINING = "data arm encoder width steps batch lr weight_decay tau prior_std".split()
+VIT = dict(width=32, lr=1e-3, weight_decay=0.05)  # instead, and AdamW instead of SGD
+TRAINING = "data arm encoder attn width steps batch lr weight_decay tau prior_std".split()
 COLUMNS = [  # of the tables
     dict(knn_acc="kNN %", linear_acc="linear %", nll="NLL", brier="Brier %", ece="ECE %", ece_scaled="scaled ECE %"),
     {"salt_and_pepper_linear_acc": "salt & pepper: linear %", "salt_and_pepper_brier": "Brier %",
@@ -125,6 +127,37 @@ class Residual(nn.Module):
         return F.relu(self.main(x) + self.skip(x))
 
 
+class Block(nn.Module):
+    """Of a vision transformer: attention, then an MLP, each of normalised x (B, T, D), and small at first (LayerScale)."""
+    def __init__(self, D, attention):
+        super().__init__()
+        self.attention = dict(sigmoid=sigmoid_attention, softmax=F.scaled_dot_product_attention)[attention]
+        self.qkv = nn.Linear(D, 3 * D)
+        self.out = nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        self.scale = nn.ParameterList(torch.full((D,), 0.1) for _ in range(2))
+
+    def forward(self, x):
+        qkv = self.qkv(F.rms_norm(x, x.shape[2:])).unflatten(2, (3, -1, 32))                # heads of 32 channels
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                # (B, H, T, 32)
+        q, k = F.rms_norm(q, (32,)), F.rms_norm(k, (32,))
+        x = x + self.scale[0] * self.out(self.attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.scale[1] * self.mlp(F.rms_norm(x, x.shape[2:]))
+
+
+class ViT(nn.Module):
+    """Patches of 4 x 4 pixels, six blocks, the mean over tokens; sigmoid attention has b = -log T (arXiv 2409.04431)."""
+    def __init__(self, D, attention):
+        super().__init__()
+        self.patches = nn.Conv2d(3, D, 4, 4)
+        self.positions = nn.Parameter(0.02 * torch.randn(64, D))
+        self.blocks = nn.Sequential(*(Block(D, attention) for _ in range(6)))
+
+    def forward(self, x):
+        x = self.blocks(self.patches(x).flatten(2).mT + self.positions)                     # (B, 64, D)
+        return F.rms_norm(x, x.shape[2:]).mean(1)
+
+
 def make_network(args):
     """Encoder, projector and predictor; supervised, encoder and classifier."""
     C = args.width
@@ -134,7 +167,10 @@ def make_network(args):
     if args.encoder == "conv":
         channels = (3, C, 2 * C, 4 * C, 8 * C)
         layers = [nn.Sequential(convolution(*pair, 2), nn.ReLU()) for pair in zip(channels, channels[1:])]
-    net = nn.ModuleDict(dict(encoder=nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())))
+    encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    if args.encoder == "vit":
+        encoder = ViT(8 * C, args.attn)
+    net = nn.ModuleDict(dict(encoder=encoder))
     if "supervised" in args.arm:
         net["classifier"] = nn.Linear(8 * C, 10)
     else:
@@ -171,25 +207,6 @@ def features(net, images, autocast, seeds=(None,)):
         with autocast:
             draws.append(torch.cat([net.encoder(normalise(some.float() / 255)) for some in images.split(4000)]))
     return torch.stack(draws)
-
-
-@torch.enable_grad()
-def fit_probe(draws, labels):
-    """Features -> logits, by the linear layer of least cross-entropy + 5e-5 |W|^2 on (S, N, D) draws, standardised."""
-    mean, std = draws.float().mean((0, 1)), draws.float().std((0, 1)) + 1e-6
-    x, y = ((draws.float() - mean) / std).flatten(0, 1), labels.repeat(len(draws))
-    W = torch.zeros(10, x.shape[1], device=x.device, requires_grad=True)
-    b = torch.zeros(10, device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W, b], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, W, b), y) + 5e-5 * W.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return lambda h: F.linear((h.float() - mean) / std, W, b)
 
 
 @torch.no_grad()
@@ -240,7 +257,10 @@ def train(args, data, device, autocast, out_dir):
                    weight_decay=args.weight_decay * matrix, peak=args.lr * (10 if quick else 1))
               for matrix, quick in product((False, True), repeat=2)]
     rhos = dict(params=[layer.rho for layer in bayesian_layers(online)], peak=0.01)
-    optimizers = [torch.optim.SGD(groups, momentum=0.9, fused=on_gpu), torch.optim.Adam([rhos], fused=on_gpu)]
+    means_by = torch.optim.SGD(groups, momentum=0.9, fused=on_gpu)
+    if args.encoder == "vit":
+        means_by = torch.optim.AdamW(groups, fused=on_gpu)
+    optimizers = [means_by, torch.optim.Adam([rhos], fused=on_gpu)]
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -254,17 +274,18 @@ def train(args, data, device, autocast, out_dir):
     log = open(out_dir / "log.jsonl", "a" if first else "w", buffering=1)
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
 
+    terms = []
+
     def backward():
-        """The gradients for a drawn batch, in place of the last ones; (fit, KL, embedding)."""
+        """The gradients for a drawn batch, in place of the last ones; terms become (fit, KL, embedding)."""
         online.train().zero_grad()
         batch = torch.randint(len(images), (args.batch,), device=device)
         views = views_of(images[batch], args.data)
         with autocast:
             fit, kl, embedding = terms_of(online, target, views, labels[batch], args)
         (fit + args.weight_decay * args.prior_std ** 2 * kl).backward()
-        return fit.detach(), torch.as_tensor(kl).detach(), embedding
+        terms[:] = fit.detach(), torch.as_tensor(kl).detach(), embedding
 
-    run, terms = backward, None
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     began = time.time() - seconds
@@ -278,9 +299,9 @@ def train(args, data, device, autocast, out_dir):
         if on_gpu and step == first + 3:  # all is compiled by now: hundreds of launches become one
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                terms = backward()
-            run = graph.replay  # which fills the same tensors anew
-        fit, kl, embedding = terms = run() or terms
+                backward()
+            backward = graph.replay  # which fills the same tensors anew
+        backward()
         for optimizer in optimizers:
             optimizer.step()
         with torch.no_grad():  # target <- tau target + (1 - tau) online, and tau rises to 1
@@ -288,6 +309,7 @@ def train(args, data, device, autocast, out_dir):
         due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
         if not due and (step + 1) % 10:
             continue
+        fit, kl, embedding = terms
         spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
         bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
         if spread < 0.1 or not math.isfinite((fit + kl).item()):
@@ -411,7 +433,8 @@ def parse(argv):
     groups = map(parser.add_argument_group, ("data", "model", "optimisation", "evaluation", "run"))
     data, model, optimisation, evaluation, run = (group.add_argument for group in groups)
     data("--data", choices=tuple(DEFAULTS), default="glyphs" if there[0] == "cpu" else "cifar10", help="images")
-    model("--encoder", choices=("resnet18", "conv"), help="for 3 x 32 x 32")
+    model("--encoder", choices=("resnet18", "vit", "conv"), help="for 3 x 32 x 32")
+    model("--attn", choices=("sigmoid", "softmax"), default="sigmoid", help="of vit")
     model("--width", type=int, help="channels of the first layer; an encoder gives 8 times as many")
     model("--prior_std", type=float, help="of the prior, and the most that sigma grows to")
     optimisation("--steps", type=int, help="optimiser steps of a run")
@@ -431,7 +454,8 @@ def parse(argv):
     run("--eval_interval", type=int, default=2500, help="steps between evaluations, each with a checkpoint")
     run("--device", choices=there, default=there[0], help="of what this machine has")
     parser.set_defaults(**DEFAULTS[parser.get_default("data")], arm="BYOV")
-    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data])
+    chosen = parser.parse_args(argv)
+    parser.set_defaults(**DEFAULTS[chosen.data] | (VIT if chosen.encoder == "vit" else {}))
     args = parser.parse_args(argv)
     args.compare = [*ARMS] if args.compare == [] else args.compare or ["BYOV"]
     allowed = dict(width=(1, 1e4), prior_std=(1e-6, 1e3), steps=(1, 1e9), batch=(2, 1e6), lr=(1e-9, 1e3), tau=(0, 1),
