@@ -17,6 +17,7 @@ On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abs
 """
 import argparse
 import copy
+import functools
 import importlib.util
 import json
 import math
@@ -32,10 +33,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.augment import normalise, two_views
-from data.calibration import (calibration, compare_stds, fit_probe, gaussianity, knn_accuracy, measure_all,
-                              predictive_std, temperature_scale)
+from data.calibration import calibration, gaussianity, measure_all, predictive_std
 from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, conditions
+from data.probes import fit_probe, knn_accuracy, temperature_scale
+from data.summary import summarise, table
 from flashsigmoid import sigmoid_attention
 
 DEFAULTS = {
@@ -45,15 +47,7 @@ DEFAULTS = {
 ARMS = "BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB"
 VIT = dict(width=32, lr=1e-3, weight_decay=0.05)  # instead, and AdamW instead of SGD
 TRAINING = "data arm encoder attn width steps batch lr weight_decay tau prior_std".split()
-COLUMNS = [  # of the tables
-    dict(knn_acc="kNN %", linear_acc="linear %", nll="NLL", brier="Brier %", ece="ECE %", ece_scaled="scaled ECE %"),
-    {"salt_and_pepper_linear_acc": "salt & pepper: linear %", "salt_and_pepper_brier": "Brier %",
-     "salt_and_pepper_ece": "ECE %", "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"},
-    {f"{name}_ece": f"{name.replace('_', ' ')}: ECE %" for name in CORRUPTIONS if name != "salt_and_pepper"},
-    dict(predictive_std_mean="predictive std: mean %", predictive_std_sd="std %", predictive_std_skewness="skewness",
-         predictive_std_ks="KS distance %", predictive_std_qq_r2="Q-Q R²", predictive_logit_std_ks="of logits: KS %",
-         predictive_logit_std_qq_r2="Q-Q R²", predictive_std_pearson="Pearson")]
-T95 = 0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 97.5 %, for 1 to 10 seeds
+
 
 
 # -------- Bayesian layers: every weight has its own N(weight, softplus(rho)^2); biases and norms are plain.
@@ -128,7 +122,7 @@ class Residual(nn.Module):
 
 
 class Block(nn.Module):
-    """Of a vision transformer: attention, then an MLP, each of normalised x (B, T, D), and small at first (LayerScale)."""
+    """Of a vision transformer: attention, then an MLP, each of normalised x (B, T, D) and scaled (LayerScale)."""
     def __init__(self, D, attention):
         super().__init__()
         self.attention = dict(sigmoid=sigmoid_attention, softmax=F.scaled_dot_product_attention)[attention]
@@ -146,7 +140,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches of 4 x 4 pixels, six blocks, the mean over tokens; sigmoid attention has b = -log T (arXiv 2409.04431)."""
+    """Patches of 4 x 4, six blocks, the mean over tokens; sigmoid attention (arXiv 2409.04431) has b = -log T."""
     def __init__(self, D, attention):
         super().__init__()
         self.patches = nn.Conv2d(3, D, 4, 4)
@@ -225,7 +219,8 @@ def evaluate(net, data, args, autocast):
                  for i, n in enumerate(args.probe_labels)}
     predictions, stds = {}, {}
     val = {prefix: head(val_h).softmax(-1).mean(0) for prefix, head in heads.items()}
-    for condition, images in conditions(test_x, args.corruptions):
+    strange = [] if args.data == "glyphs" else [("strange_", load_images("glyphs")[0]["test"][0].to(test_x.device))]
+    for condition, images in [*conditions(test_x, args.corruptions), *strange]:
         h = features(net, images, autocast, seeds)
         for prefix, head in heads.items():
             draws = head(h).softmax(-1)                                                         # (S, N, K)
@@ -243,7 +238,9 @@ def evaluate(net, data, args, autocast):
 
 def train(args, data, device, autocast, out_dir):
     """Train on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, seconds)."""
-    first, seconds, path, (images, labels) = 0, 0.0, out_dir / "checkpoint.pt", data["train"]
+    first, seconds = 0, 0.0
+    path = out_dir / "checkpoint.pt"
+    images, labels = data["train"]
     torch.manual_seed(args.seed)
     online = make_network(args).to(device, memory_format=torch.channels_last)
     target = copy.deepcopy(online).requires_grad_(False)  # of the means: it has no posterior
@@ -257,10 +254,8 @@ def train(args, data, device, autocast, out_dir):
                    weight_decay=args.weight_decay * matrix, peak=args.lr * (10 if quick else 1))
               for matrix, quick in product((False, True), repeat=2)]
     rhos = dict(params=[layer.rho for layer in bayesian_layers(online)], peak=0.01)
-    means_by = torch.optim.SGD(groups, momentum=0.9, fused=on_gpu)
-    if args.encoder == "vit":
-        means_by = torch.optim.AdamW(groups, fused=on_gpu)
-    optimizers = [means_by, torch.optim.Adam([rhos], fused=on_gpu)]
+    kind = functools.partial(torch.optim.SGD, momentum=0.9) if args.encoder != "vit" else torch.optim.AdamW
+    optimizers = [kind(groups, fused=on_gpu), torch.optim.Adam([rhos], fused=on_gpu)]
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -350,48 +345,6 @@ def compare(args, data, device, autocast, out_dir):
     return runs
 
 
-def summarise(runs, labels):
-    """Rows, mean and std over seeds, of the metrics of each arm, of BYOV's paired differences, of BYOL's seeds as an
-    ensemble, and of differences between predictive stds, image by image."""
-    found = {name: [metrics for metrics, _, _ in some] for name, some in runs.items()}
-    stds = {name: [spread for _, _, spread in some] for name, some in runs.items() if some[0][2]}
-    for name in [name for name in ("BYOL", "BYOL+noise") if {name, "BYOV"} <= found.keys()]:
-        pairs = zip(found["BYOV"], found[name])
-        found |= {f"BYOV - {name}": [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]}
-    if len(members := [predictions for _, predictions, _ in runs.get("BYOL", [])]) > 1:
-        mean = {key: torch.stack([one[key] for one in members]).mean(0) for key in members[0]}
-        found[f"ensemble of {len(members)} BYOL"] = [measure_all(mean, labels)]
-    pairs = {f"{name} less its next seed": zip(some, some[1:]) for name, some in stds.items() if len(some) > 1}
-    if {"BYOV", "supervised BBB"} <= stds.keys():
-        pairs["BYOV less supervised BBB"] = zip(stds["BYOV"], stds["supervised BBB"])
-    found |= {name: [compare_stds(a, b) for a, b in some] for name, some in pairs.items()}
-    rows = []
-    for name, some in found.items():
-        values = {key: torch.tensor([metrics[key] for metrics in some], dtype=torch.float64) for key in some[0]}
-        rows.append(dict(name=name, seeds=len(some)) | {key: x.mean().item() for key, x in values.items()})
-        if len(some) > 1:
-            rows[-1] |= {f"{key}_std": x.std().item() for key, x in values.items()}
-    return rows
-
-
-def table(rows):
-    """Markdown: mean ± std over seeds; of a paired difference, mean ± half of its 95 % interval (Student's t)."""
-    tables = []
-    for columns in COLUMNS:
-        heads = {key: head for key, head in columns.items() if any(key in row for row in rows)}
-        lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
-        for row in [row for row in rows if heads.keys() & row.keys()]:
-            spread, cells = T95[row["seeds"] - 1] / row["seeds"] ** 0.5 if " - " in row["name"] else 1, [row["name"]]
-            for key, head in heads.items():
-                scale, digits = (100, 2) if "%" in head else (1, 3)
-                numbers = [row[k] * scale * factor for k, factor in ((key, 1), (f"{key}_std", spread)) if k in row]
-                cells.append(" ± ".join(f"{number:.{digits}f}" for number in numbers))
-            lines.append(f"| {' | '.join(cells)} |")
-        if heads:
-            tables.append("\n".join(lines))
-    return "\n\n".join(tables)
-
-
 def plot(path, rows, runs, labels, corruption):
     """ECE and Brier score against severity, mean ± std over seeds; reliability; how sure two models are, compared."""
     from matplotlib.figure import Figure
@@ -465,6 +418,8 @@ def parse(argv):
             fail(f"--{name} {getattr(args, name)}; allowed: {low} to {high:g}")
     if "BYOL+noise" in args.compare and args.compare[:2] != ["BYOL", "BYOV"]:
         fail("--compare: BYOL+noise only after BYOL BYOV")
+    if args.encoder == "vit" and args.width % 4:
+        fail(f"--width {args.width}; allowed with --encoder vit: multiples of 4, for heads of 32 channels")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs: pip install matplotlib")
     return args

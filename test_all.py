@@ -34,7 +34,8 @@ import nmn_iterated
 import sigmoid_gpt
 from data import augment, cifar10, corruptions, densities, download, glyphs, mnist
 from data import shapes_questions as questions, shapes_syget as syget
-from data.calibration import gaussianity, measure, predictive_std, temperature_scale
+from data.calibration import auroc, gaussianity, measure, predictive_std
+from data.probes import temperature_scale
 from flashsigmoid import sigmoid_attention, sigmoid_attention_reference, tl, triton
 
 ROOT = Path(__file__).parent
