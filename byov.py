@@ -259,8 +259,8 @@ def train(args, data, device, autocast, out_dir):
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        then, now = saved["args"], vars(args)
-        if differing := [f"{key} {then[key]} there, {now[key]} here" for key in TRAINING if then[key] != now[key]]:
+        pairs = [(key, saved["args"].get(key), getattr(args, key)) for key in TRAINING]
+        if differing := [f"{key} {then} there, {now} here" for key, then, now in pairs if then != now]:
             fail(f"--resume: {path} is of another run: {'; '.join(differing)}")
         first, seconds = saved["step"], saved["seconds"]
         for name, part in parts.items():

@@ -631,7 +631,7 @@ class NMNIterated(unittest.TestCase):
                 self.assertRaisesRegex(ValueError, "val_iid.output: 3[0-9][0-9] answers", syget.published, "val_iid")
 
 
-# -------- byov.py, data/calibration.py, data/cifar10.py, data/augment.py, data/corruptions.py
+# -------- byov.py, data/calibration.py, data/probes.py, data/summary.py, data/cifar10.py, data/augment.py, data/corruptions.py
 
 class BYOV(unittest.TestCase):
     SMALL = "--data glyphs --device cpu --width 4 --batch 16 --steps 4 --eval_interval 2 --samples 3".split()
@@ -681,6 +681,22 @@ class BYOV(unittest.TestCase):
             torch.testing.assert_close(saved["online"][name], new, atol=1e-6, rtol=1e-5)
             torch.testing.assert_close(saved["target"][name], average.lerp(new, 1 - args.tau), atol=1e-6, rtol=1e-5)
 
+    def test_vit(self):
+        """A block against it written out, with both attentions; a run, with a posterior on its linear layers."""
+        x = torch.randn(2, 5, 64)
+        for attn, weigh in ("softmax", lambda s: s.softmax(-1)), ("sigmoid", lambda s: (s - math.log(5)).sigmoid()):
+            block, norm = byov.Block(64, attn), torch.nn.RMSNorm(64)
+            q, k, v = (some.view(2, 5, 2, 32).transpose(1, 2) for some in block.qkv(norm(x)).split(64, 2))
+            q, k = (some / some.square().mean(-1, True).sqrt() for some in (q, k))
+            y = x + 0.1 * block.out((weigh(q @ k.mT / 32 ** 0.5) @ v).transpose(1, 2).reshape(2, 5, 64))
+            torch.testing.assert_close(block(x), y + 0.1 * block.mlp(norm(y)), atol=1e-5, rtol=1e-4)
+        args = byov.parse([*self.SMALL, "--encoder", "vit"])
+        net = byov.make_network(args)
+        byov.make_bayesian(net)
+        self.assertEqual((len(byov.bayesian_layers(net)), net.encoder(x.new_zeros(3, 3, 32, 32)).shape), (29, (3, 32)))
+        self.assertIn("knn_acc", run(byov.main, *self.SMALL, "--encoder", "vit", "--out_dir", self.out)[0])
+        self.assertIn("multiples of 4", run(byov.main, *self.SMALL, "--encoder", "vit", "--width", 6)[1])
+
     def test_metrics(self):
         two, three = torch.tensor([[[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]], [[0.6, 0.4], [0.6, 0.4], [0.3, 0.7]]])
         found = measure(two, torch.tensor([0, 1, 1])) | predictive_std(torch.stack([two, three]))
@@ -688,6 +704,7 @@ class BYOV(unittest.TestCase):
                                ece_adaptive=1.1 / 3).items():
             self.assertAlmostEqual(found[key], value, places=5, msg=key)  # gaps 0.2, 0.6, 0.3; squares 0.08, 0.72, 0.18
         torch.testing.assert_close(found["std"], torch.tensor([0.02 ** 0.5, 0, 0]))
+        self.assertEqual(auroc(torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1, 0.7])), 0.75)  # 4.5 pairs of 6
         shapes = gaussianity(dict(flat=torch.rand(100_000), bell=torch.randn(100_000)))
         for key, value in dict(flat_ks=0.0572, flat_kurtosis=-1.2, flat_sd=12 ** -0.5, bell_ks=0, bell_qq_r2=1).items():
             self.assertAlmostEqual(shapes[f"predictive_{key}"], value, delta=0.01, msg=key)
