@@ -41,10 +41,10 @@ def summarise(runs, labels):
     return rows
 
 
-def table(rows):
+def table(rows, tables_columns=COLUMNS):
     """Markdown: mean ± std over seeds; of a paired difference, mean ± half of its 95 % interval (Student's t)."""
     tables = []
-    for columns in COLUMNS:
+    for columns in tables_columns:
         heads = {key: head for key, head in columns.items() if any(key in row for row in rows)}
         lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
         for row in [row for row in rows if heads.keys() & row.keys()]:
