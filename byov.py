@@ -17,6 +17,7 @@ On a GPU the data are CIFAR-10, on a CPU drawn digits. Of the paper only its abs
 """
 import argparse
 import copy
+import functools
 import importlib.util
 import json
 import math
@@ -32,26 +33,21 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.augment import normalise, two_views
-from data.calibration import (calibration, compare_stds, gaussianity, knn_accuracy, measure_all, predictive_std,
-                              temperature_scale)
+from data.calibration import calibration, gaussianity, measure_all, predictive_std
 from data.cifar10 import load_images
 from data.corruptions import CORRUPTIONS, conditions
+from data.probes import fit_probe, knn_accuracy, temperature_scale
+from data.summary import summarise, table
+from flashsigmoid import sigmoid_attention
 
 DEFAULTS = {
     "glyphs": dict(encoder="conv", width=16, steps=300, prior_std=0.05, probe_labels=[300]),
     "cifar10": dict(encoder="resnet18", width=64, steps=20_000, prior_std=0.002, probe_labels=[0, 400]),
 }
 ARMS = "BYOL", "BYOV", "BYOL+noise", "supervised", "supervised BBB"
-TRAINING = "data arm encoder width steps batch lr weight_decay tau prior_std".split()
-COLUMNS = [  # of the tables
-    dict(knn_acc="kNN %", linear_acc="linear %", nll="NLL", brier="Brier %", ece="ECE %", ece_scaled="scaled ECE %"),
-    {"salt_and_pepper_linear_acc": "salt & pepper: linear %", "salt_and_pepper_brier": "Brier %",
-     "salt_and_pepper_ece": "ECE %", "400_labels_linear_acc": "400 labels: linear %", "400_labels_ece": "ECE %"},
-    {f"{name}_ece": f"{name.replace('_', ' ')}: ECE %" for name in CORRUPTIONS if name != "salt_and_pepper"},
-    dict(predictive_std_mean="predictive std: mean %", predictive_std_sd="std %", predictive_std_skewness="skewness",
-         predictive_std_ks="KS distance %", predictive_std_qq_r2="Q-Q R²", predictive_logit_std_ks="of logits: KS %",
-         predictive_logit_std_qq_r2="Q-Q R²", predictive_std_pearson="Pearson")]
-T95 = 0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 97.5 %, for 1 to 10 seeds
+VIT = dict(width=32, lr=1e-3, weight_decay=0.05)  # instead, and AdamW instead of SGD
+TRAINING = "data arm encoder attn width steps batch lr weight_decay tau prior_std".split()
+
 
 
 # -------- Bayesian layers: every weight has its own N(weight, softplus(rho)^2); biases and norms are plain.
@@ -125,6 +121,37 @@ class Residual(nn.Module):
         return F.relu(self.main(x) + self.skip(x))
 
 
+class Block(nn.Module):
+    """Of a vision transformer: attention, then an MLP, each of normalised x (B, T, D) and scaled (LayerScale)."""
+    def __init__(self, D, attention):
+        super().__init__()
+        self.attention = dict(sigmoid=sigmoid_attention, softmax=F.scaled_dot_product_attention)[attention]
+        self.qkv = nn.Linear(D, 3 * D)
+        self.out = nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        self.scale = nn.ParameterList(torch.full((D,), 0.1) for _ in range(2))
+
+    def forward(self, x):
+        qkv = self.qkv(F.rms_norm(x, x.shape[2:])).unflatten(2, (3, -1, 32))                # heads of 32 channels
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                # (B, H, T, 32)
+        q, k = F.rms_norm(q, (32,)), F.rms_norm(k, (32,))
+        x = x + self.scale[0] * self.out(self.attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.scale[1] * self.mlp(F.rms_norm(x, x.shape[2:]))
+
+
+class ViT(nn.Module):
+    """Patches of 4 x 4, six blocks, the mean over tokens; sigmoid attention (arXiv 2409.04431) has b = -log T."""
+    def __init__(self, D, attention):
+        super().__init__()
+        self.patches = nn.Conv2d(3, D, 4, 4)
+        self.positions = nn.Parameter(0.02 * torch.randn(64, D))
+        self.blocks = nn.Sequential(*(Block(D, attention) for _ in range(6)))
+
+    def forward(self, x):
+        x = self.blocks(self.patches(x).flatten(2).mT + self.positions)                     # (B, 64, D)
+        return F.rms_norm(x, x.shape[2:]).mean(1)
+
+
 def make_network(args):
     """Encoder, projector and predictor; supervised, encoder and classifier."""
     C = args.width
@@ -134,7 +161,10 @@ def make_network(args):
     if args.encoder == "conv":
         channels = (3, C, 2 * C, 4 * C, 8 * C)
         layers = [nn.Sequential(convolution(*pair, 2), nn.ReLU()) for pair in zip(channels, channels[1:])]
-    net = nn.ModuleDict(dict(encoder=nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())))
+    encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    if args.encoder == "vit":
+        encoder = ViT(8 * C, args.attn)
+    net = nn.ModuleDict(dict(encoder=encoder))
     if "supervised" in args.arm:
         net["classifier"] = nn.Linear(8 * C, 10)
     else:
@@ -173,25 +203,6 @@ def features(net, images, autocast, seeds=(None,)):
     return torch.stack(draws)
 
 
-@torch.enable_grad()
-def fit_probe(draws, labels):
-    """Features -> logits, by the linear layer of least cross-entropy + 5e-5 |W|^2 on (S, N, D) draws, standardised."""
-    mean, std = draws.float().mean((0, 1)), draws.float().std((0, 1)) + 1e-6
-    x, y = ((draws.float() - mean) / std).flatten(0, 1), labels.repeat(len(draws))
-    W = torch.zeros(10, x.shape[1], device=x.device, requires_grad=True)
-    b = torch.zeros(10, device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W, b], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, W, b), y) + 5e-5 * W.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return lambda h: F.linear((h.float() - mean) / std, W, b)
-
-
 @torch.no_grad()
 def evaluate(net, data, args, autocast):
     """On test: metrics, predictions {(condition, variant): probs (N, K)}, predictive_std of clean images. Conditions
@@ -208,7 +219,8 @@ def evaluate(net, data, args, autocast):
                  for i, n in enumerate(args.probe_labels)}
     predictions, stds = {}, {}
     val = {prefix: head(val_h).softmax(-1).mean(0) for prefix, head in heads.items()}
-    for condition, images in conditions(test_x, args.corruptions):
+    strange = [] if args.data == "glyphs" else [("strange_", load_images("glyphs")[0]["test"][0].to(test_x.device))]
+    for condition, images in [*conditions(test_x, args.corruptions), *strange]:
         h = features(net, images, autocast, seeds)
         for prefix, head in heads.items():
             draws = head(h).softmax(-1)                                                         # (S, N, K)
@@ -226,7 +238,9 @@ def evaluate(net, data, args, autocast):
 
 def train(args, data, device, autocast, out_dir):
     """Train on data["train"]; checkpoint.pt and log.jsonl go to out_dir. Returns (network, seconds)."""
-    first, seconds, path, (images, labels) = 0, 0.0, out_dir / "checkpoint.pt", data["train"]
+    first, seconds = 0, 0.0
+    path = out_dir / "checkpoint.pt"
+    images, labels = data["train"]
     torch.manual_seed(args.seed)
     online = make_network(args).to(device, memory_format=torch.channels_last)
     target = copy.deepcopy(online).requires_grad_(False)  # of the means: it has no posterior
@@ -240,12 +254,13 @@ def train(args, data, device, autocast, out_dir):
                    weight_decay=args.weight_decay * matrix, peak=args.lr * (10 if quick else 1))
               for matrix, quick in product((False, True), repeat=2)]
     rhos = dict(params=[layer.rho for layer in bayesian_layers(online)], peak=0.01)
-    optimizers = [torch.optim.SGD(groups, momentum=0.9, fused=on_gpu), torch.optim.Adam([rhos], fused=on_gpu)]
+    kind = functools.partial(torch.optim.SGD, momentum=0.9) if args.encoder != "vit" else torch.optim.AdamW
+    optimizers = [kind(groups, fused=on_gpu), torch.optim.Adam([rhos], fused=on_gpu)]
     parts = dict(online=online, target=target, **{type(o).__name__: o for o in optimizers})
     if args.resume and path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        then, now = saved["args"], vars(args)
-        if differing := [f"{key} {then[key]} there, {now[key]} here" for key in TRAINING if then[key] != now[key]]:
+        pairs = [(key, saved["args"].get(key), getattr(args, key)) for key in TRAINING]
+        if differing := [f"{key} {then} there, {now} here" for key, then, now in pairs if then != now]:
             fail(f"--resume: {path} is of another run: {'; '.join(differing)}")
         first, seconds = saved["step"], saved["seconds"]
         for name, part in parts.items():
@@ -254,17 +269,18 @@ def train(args, data, device, autocast, out_dir):
     log = open(out_dir / "log.jsonl", "a" if first else "w", buffering=1)
     log.write(json.dumps(dict(config=vars(args), device=str(device), torch=torch.__version__)) + "\n")
 
+    terms = []
+
     def backward():
-        """The gradients for a drawn batch, in place of the last ones; (fit, KL, embedding)."""
+        """The gradients for a drawn batch, in place of the last ones; terms become (fit, KL, embedding)."""
         online.train().zero_grad()
         batch = torch.randint(len(images), (args.batch,), device=device)
         views = views_of(images[batch], args.data)
         with autocast:
             fit, kl, embedding = terms_of(online, target, views, labels[batch], args)
         (fit + args.weight_decay * args.prior_std ** 2 * kl).backward()
-        return fit.detach(), torch.as_tensor(kl).detach(), embedding
+        terms[:] = fit.detach(), torch.as_tensor(kl).detach(), embedding
 
-    run, terms = backward, None
     stop = []  # Ctrl-C lets the step in progress end; a second one does not wait
     previous = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     began = time.time() - seconds
@@ -278,9 +294,9 @@ def train(args, data, device, autocast, out_dir):
         if on_gpu and step == first + 3:  # all is compiled by now: hundreds of launches become one
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                terms = backward()
-            run = graph.replay  # which fills the same tensors anew
-        fit, kl, embedding = terms = run() or terms
+                backward()
+            backward = graph.replay  # which fills the same tensors anew
+        backward()
         for optimizer in optimizers:
             optimizer.step()
         with torch.no_grad():  # target <- tau target + (1 - tau) online, and tau rises to 1
@@ -288,6 +304,7 @@ def train(args, data, device, autocast, out_dir):
         due = step + 1 == args.steps or (step + 1) % args.eval_interval == 0 or stop
         if not due and (step + 1) % 10:
             continue
+        fit, kl, embedding = terms
         spread = 16 * F.normalize(embedding).std(0).mean().item()  # of 256 dimensions; healthy: near 1
         bar.set_postfix(fit=f"{fit.item():.3f}", spread=f"{spread:.2f}", refresh=False)
         if spread < 0.1 or not math.isfinite((fit + kl).item()):
@@ -326,48 +343,6 @@ def compare(args, data, device, autocast, out_dir):
         metrics, *rest = evaluate(nets[name], data, arm, autocast)
         runs.setdefault(name, []).append((dict(seconds=seconds) | metrics, *rest))
     return runs
-
-
-def summarise(runs, labels):
-    """Rows, mean and std over seeds, of the metrics of each arm, of BYOV's paired differences, of BYOL's seeds as an
-    ensemble, and of differences between predictive stds, image by image."""
-    found = {name: [metrics for metrics, _, _ in some] for name, some in runs.items()}
-    stds = {name: [spread for _, _, spread in some] for name, some in runs.items() if some[0][2]}
-    for name in [name for name in ("BYOL", "BYOL+noise") if {name, "BYOV"} <= found.keys()]:
-        pairs = zip(found["BYOV"], found[name])
-        found |= {f"BYOV - {name}": [{key: a[key] - b[key] for key in a if key in b} for a, b in pairs]}
-    if len(members := [predictions for _, predictions, _ in runs.get("BYOL", [])]) > 1:
-        mean = {key: torch.stack([one[key] for one in members]).mean(0) for key in members[0]}
-        found[f"ensemble of {len(members)} BYOL"] = [measure_all(mean, labels)]
-    pairs = {f"{name} less its next seed": zip(some, some[1:]) for name, some in stds.items() if len(some) > 1}
-    if {"BYOV", "supervised BBB"} <= stds.keys():
-        pairs["BYOV less supervised BBB"] = zip(stds["BYOV"], stds["supervised BBB"])
-    found |= {name: [compare_stds(a, b) for a, b in some] for name, some in pairs.items()}
-    rows = []
-    for name, some in found.items():
-        values = {key: torch.tensor([metrics[key] for metrics in some], dtype=torch.float64) for key in some[0]}
-        rows.append(dict(name=name, seeds=len(some)) | {key: x.mean().item() for key, x in values.items()})
-        if len(some) > 1:
-            rows[-1] |= {f"{key}_std": x.std().item() for key, x in values.items()}
-    return rows
-
-
-def table(rows):
-    """Markdown: mean ± std over seeds; of a paired difference, mean ± half of its 95 % interval (Student's t)."""
-    tables = []
-    for columns in COLUMNS:
-        heads = {key: head for key, head in columns.items() if any(key in row for row in rows)}
-        lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
-        for row in [row for row in rows if heads.keys() & row.keys()]:
-            spread, cells = T95[row["seeds"] - 1] / row["seeds"] ** 0.5 if " - " in row["name"] else 1, [row["name"]]
-            for key, head in heads.items():
-                scale, digits = (100, 2) if "%" in head else (1, 3)
-                numbers = [row[k] * scale * factor for k, factor in ((key, 1), (f"{key}_std", spread)) if k in row]
-                cells.append(" ± ".join(f"{number:.{digits}f}" for number in numbers))
-            lines.append(f"| {' | '.join(cells)} |")
-        if heads:
-            tables.append("\n".join(lines))
-    return "\n\n".join(tables)
 
 
 def plot(path, rows, runs, labels, corruption):
@@ -411,7 +386,8 @@ def parse(argv):
     groups = map(parser.add_argument_group, ("data", "model", "optimisation", "evaluation", "run"))
     data, model, optimisation, evaluation, run = (group.add_argument for group in groups)
     data("--data", choices=tuple(DEFAULTS), default="glyphs" if there[0] == "cpu" else "cifar10", help="images")
-    model("--encoder", choices=("resnet18", "conv"), help="for 3 x 32 x 32")
+    model("--encoder", choices=("resnet18", "vit", "conv"), help="for 3 x 32 x 32")
+    model("--attn", choices=("sigmoid", "softmax"), default="sigmoid", help="of vit")
     model("--width", type=int, help="channels of the first layer; an encoder gives 8 times as many")
     model("--prior_std", type=float, help="of the prior, and the most that sigma grows to")
     optimisation("--steps", type=int, help="optimiser steps of a run")
@@ -431,7 +407,8 @@ def parse(argv):
     run("--eval_interval", type=int, default=2500, help="steps between evaluations, each with a checkpoint")
     run("--device", choices=there, default=there[0], help="of what this machine has")
     parser.set_defaults(**DEFAULTS[parser.get_default("data")], arm="BYOV")
-    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).data])
+    chosen = parser.parse_args(argv)
+    parser.set_defaults(**DEFAULTS[chosen.data] | (VIT if chosen.encoder == "vit" else {}))
     args = parser.parse_args(argv)
     args.compare = [*ARMS] if args.compare == [] else args.compare or ["BYOV"]
     allowed = dict(width=(1, 1e4), prior_std=(1e-6, 1e3), steps=(1, 1e9), batch=(2, 1e6), lr=(1e-9, 1e3), tau=(0, 1),
@@ -441,6 +418,8 @@ def parse(argv):
             fail(f"--{name} {getattr(args, name)}; allowed: {low} to {high:g}")
     if "BYOL+noise" in args.compare and args.compare[:2] != ["BYOL", "BYOV"]:
         fail("--compare: BYOL+noise only after BYOL BYOV")
+    if args.encoder == "vit" and args.width % 4:
+        fail(f"--width {args.width}; allowed with --encoder vit: multiples of 4, for heads of 32 channels")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs: pip install matplotlib")
     return args

@@ -33,8 +33,8 @@ import hier_iwae
 import nmn_iterated
 import sigmoid_gpt
 from data import augment, cifar10, corruptions, densities, download, glyphs, mnist
-from data import shapes_questions as questions, shapes_syget as syget
-from data.calibration import gaussianity, measure, predictive_std, temperature_scale
+from data import probes, shapes_questions as questions, shapes_syget as syget, summary
+from data.calibration import auroc, gaussianity, measure, predictive_std
 from flashsigmoid import sigmoid_attention, sigmoid_attention_reference, tl, triton
 
 ROOT = Path(__file__).parent
@@ -630,7 +630,7 @@ class NMNIterated(unittest.TestCase):
                 self.assertRaisesRegex(ValueError, "val_iid.output: 3[0-9][0-9] answers", syget.published, "val_iid")
 
 
-# -------- byov.py, data/calibration.py, data/cifar10.py, data/augment.py, data/corruptions.py
+# -------- byov.py and what it needs of data/
 
 class BYOV(unittest.TestCase):
     SMALL = "--data glyphs --device cpu --width 4 --batch 16 --steps 4 --eval_interval 2 --samples 3".split()
@@ -680,6 +680,18 @@ class BYOV(unittest.TestCase):
             torch.testing.assert_close(saved["online"][name], new, atol=1e-6, rtol=1e-5)
             torch.testing.assert_close(saved["target"][name], average.lerp(new, 1 - args.tau), atol=1e-6, rtol=1e-5)
 
+    def test_vit(self):
+        """A block of either attention against it written out."""
+        x, norm = torch.randn(2, 5, 64), torch.nn.RMSNorm(64)
+        for attn, weigh in ("softmax", lambda s: s.softmax(-1)), ("sigmoid", lambda s: (s - math.log(5)).sigmoid()):
+            block = byov.Block(64, attn)
+            q, k, v = (some.view(2, 5, 2, 32).transpose(1, 2) for some in block.qkv(norm(x)).split(64, 2))
+            weights = weigh(F.normalize(q, dim=3) @ F.normalize(k, dim=3).mT * 32 ** 0.5)
+            y = x + 0.1 * block.out((weights @ v).transpose(1, 2).reshape(2, 5, 64))
+            torch.testing.assert_close(block(x), y + 0.1 * block.mlp(norm(y)), atol=1e-5, rtol=1e-4)
+        vit = "--encoder", "vit", "--steps", 1, "--samples", 1, "--out_dir", self.out
+        self.assertGreater(run(byov.main, *self.SMALL, *vit)[0]["knn_acc"], 0)
+
     def test_metrics(self):
         two, three = torch.tensor([[[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]], [[0.6, 0.4], [0.6, 0.4], [0.3, 0.7]]])
         found = measure(two, torch.tensor([0, 1, 1])) | predictive_std(torch.stack([two, three]))
@@ -687,13 +699,14 @@ class BYOV(unittest.TestCase):
                                ece_adaptive=1.1 / 3).items():
             self.assertAlmostEqual(found[key], value, places=5, msg=key)  # gaps 0.2, 0.6, 0.3; squares 0.08, 0.72, 0.18
         torch.testing.assert_close(found["std"], torch.tensor([0.02 ** 0.5, 0, 0]))
+        self.assertEqual(auroc(torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1, 0.7])), 0.75)  # 4.5 pairs of 6
         shapes = gaussianity(dict(flat=torch.rand(100_000), bell=torch.randn(100_000)))
         for key, value in dict(flat_ks=0.0572, flat_kurtosis=-1.2, flat_sd=12 ** -0.5, bell_ks=0, bell_qq_r2=1).items():
             self.assertAlmostEqual(shapes[f"predictive_{key}"], value, delta=0.01, msg=key)
         probs = (3 * torch.randn(100_000, 10)).softmax(1)
         labels, hot = torch.multinomial(probs, 1)[:, 0], (2 * probs.log()).softmax(1)  # calibrated, overconfident
-        low, high, low_again = (measure(p, labels)["ece"] for p in (probs, hot, temperature_scale(hot, hot, labels)))
-        self.assertTrue(max(low, low_again) < 0.01 and high > 0.05, (low, high, low_again))
+        low, high, again = (measure(p, labels)["ece"] for p in (probs, hot, probes.temperature_scale(hot, hot, labels)))
+        self.assertTrue(max(low, again) < 0.01 and high > 0.05, (low, high, again))
 
     def test_images(self):
         factors = torch.tensor([[2.0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1 / 3]])
@@ -727,7 +740,8 @@ class BYOV(unittest.TestCase):
             self.assertEqual(run(byov.main, *compare, "--resume")[0], result)
         with mock.patch.object(byov, "loss_terms", lambda net, *_: (net.predictor[3].bias.sum(), 0.0, grey)):
             self.assertRegex(run(byov.main, *flags)[1], "ERROR: .*collapsed")
-        for bad, words in (("--steps 0", "--steps 0; allowed: 1"), ("--tau 2", "0 to 1"), ("--data x", "--data.*'x'")):
+        for bad, words in (("--steps 0", "--steps 0; allowed: 1"), ("--tau 2", "0 to 1"), ("--data x", "--data.*'x'"),
+                           ("--encoder vit --width 6", "multiples of 4")):
             self.assertRegex(run(byov.main, *flags, *bad.split())[1], f"ERROR: .*{words}")
         (self.out / "cifar10").mkdir()
         for name in cifar10.MD5:
@@ -742,7 +756,7 @@ class Repository(unittest.TestCase):
     RUN = dict(val_loss=3, repeat_loss=3, repeat_loss_beyond=3, attention_rms_init=2)  # columns of the GPT's tables
     TABLES = [  # (script, what of results/ its rows come from)
         (flashsigmoid, "flashsigmoid_h100.json"), (nmn_iterated, "nmn_iterated_compare_cpu.json"),
-        (byov, "byov_compare_h100.json"), (byov, "byov_compare_cpu.json"),
+        (byov, "byov_compare_h100.json", summary.COLUMNS[:2]), (byov, "byov_compare_cpu.json", summary.COLUMNS[:1]),
         (hier_iwae, "hier_iwae_compare_loggamma_cpu.json"), (hier_iwae, "hier_iwae_compare_u2_cpu.json"),
         (hier_iwae, "hier_iwae_compare_mnist_h100.json"), (nmn_iterated, "nmn_iterated_compare_three_cpu.json"),
         (sigmoid_gpt, " ".join(f"sigmoid_gpt_compare_{arm}_cpu.json" for arm in ("rope", "no_qk", "alibi")), RUN),
@@ -750,7 +764,7 @@ class Repository(unittest.TestCase):
         (sigmoid_gpt, "sigmoid_gpt_lr_h100.json", RUN), (sigmoid_gpt, "sigmoid_gpt_speed_h100.json", sigmoid_gpt.COST)]
 
     def test_lines(self):
-        budgets = {"flashsigmoid.py": 491, "flashsigmoid_hopper.py": 293, "sigmoid_gpt.py": 420, "byov.py": 481,
+        budgets = {"flashsigmoid.py": 491, "flashsigmoid_hopper.py": 293, "sigmoid_gpt.py": 420, "byov.py": 462,
                    "nmn_iterated.py": 558, "hier_iwae.py": 420, "test_all.py": 791}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()

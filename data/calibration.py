@@ -2,12 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-
-def knn_accuracy(bank, bank_labels, queries, labels):
-    """A vote of the 200 nearest by cosine, weighted by exp(cosine / 0.1)."""
-    cosine, nearest = (F.normalize(queries.float()) @ F.normalize(bank.float()).T).topk(200)    # (N, 200)
-    votes = torch.zeros(len(queries), 10, device=bank.device).scatter_add(1, bank_labels[nearest], (cosine / 0.1).exp())
-    return (votes.argmax(1) == labels).float().mean().item()
+from data.corruptions import CORRUPTIONS
 
 
 def calibration(probs, labels):
@@ -31,19 +26,26 @@ def measure(probs, labels):
 
 
 def measure_all(predictions, labels):
-    """The metrics of each condition and variant, and each corruption's mean over its five severities."""
+    """The metrics of each condition and variant; each corruption's mean over its five severities, and the mean over all
+    corruptions; of images of no class ("strange_"), how well a low confidence tells them from clean ones."""
     metrics = {f"{condition}{key}{variant}": value for (condition, variant), probs in predictions.items()
-               for key, value in measure(probs, labels).items()}
+               if not condition.endswith("strange_") for key, value in measure(probs, labels).items()}
     for key in [key for key in metrics if "_5_" in key]:
         metrics[key.replace("_5_", "_")] = sum(metrics[key.replace("_5_", f"_{i}_")] for i in range(1, 6)) / 5
+    for key in ("linear_acc", "brier", "ece"):
+        found = [metrics[f"{name}_{key}"] for name in CORRUPTIONS if f"{name}_{key}" in metrics]
+        metrics |= {f"corrupted_{key}": sum(found) / len(found)} if len(found) > 1 else {}
+    for condition, variant in [key for key in predictions if key[0].endswith("strange_")]:
+        clean, strange = (predictions[prefix, variant].amax(1) for prefix in (condition[:-8], condition))
+        metrics[f"{condition}auroc{variant}"] = auroc(clean, strange)
     return metrics
 
 
-def temperature_scale(probs, val_probs, val_labels):
-    """probs at the temperature, of 141 from 0.2 to 5, with the least NLL on the validation images."""
-    temperatures = torch.logspace(-0.7, 0.7, 141, device=probs.device)
-    nll = [F.cross_entropy(val_probs.clamp(min=1e-12).log() / t, val_labels) for t in temperatures]
-    return (probs.clamp(min=1e-12).log() / temperatures[torch.stack(nll).argmin()]).softmax(-1)
+def auroc(high, low):
+    """The share of pairs, one of each, in which `high` has the higher value; a tie counts half."""
+    low = low.sort().values
+    below, upto = (torch.searchsorted(low, high, right=right).double() for right in (False, True))
+    return ((below + upto).mean() / (2 * len(low))).item()
 
 
 def predictive_std(draws):
