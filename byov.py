@@ -49,7 +49,6 @@ VIT = dict(width=32, lr=1e-3, weight_decay=0.05)  # instead, and AdamW instead o
 TRAINING = "data arm encoder attn width steps batch lr weight_decay tau prior_std".split()
 
 
-
 # -------- Bayesian layers: every weight has its own N(weight, softplus(rho)^2); biases and norms are plain.
 
 class BayesConv2d(nn.Conv2d):
