@@ -734,8 +734,8 @@ class BYOV(Case):
 
 
 class Repository(unittest.TestCase):
-    """README.md and the files it speaks of."""
-    README = (ROOT / "README.md").read_text()
+    """README.md, results/README.md, and the files they speak of."""
+    README = "".join((ROOT / folder / "README.md").read_text() for folder in ("", "results"))
     RUN = dict(val_loss=3, repeat_loss=3, repeat_loss_beyond=3, attention_rms_init=2)  # columns of the GPT's tables
     TABLES = [  # (script, what of results/ its rows come from)
         (flashsigmoid, "flashsigmoid_h100.json"), (hier_iwae, "hier_iwae_compare_loggamma_cpu.json"),
@@ -771,7 +771,7 @@ class Repository(unittest.TestCase):
 
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not there")
     def test_picture(self):
-        """The code in README.md still draws its pictures."""
+        """The code in results/README.md still draws its pictures."""
         for code in re.findall("```python\n(import json\nfrom pathlib.*?)```", self.README, re.S):
             with mock.patch("matplotlib.figure.Figure.savefig") as savefig:
                 exec(code.replace("results/", f"{ROOT}/results/"), {})
