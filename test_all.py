@@ -592,7 +592,7 @@ class NMNIterated(Case):
 
     def test_compare(self):
         one, two = (run(nmn_iterated.main, *self.TINY, self.out, "--compare", "--eval_interval", 9, *more)[0]["rows"]
-                    for more in (self.plot, ("--seeds", 2, "--resume")))  # of seed 0 the second reads, of seed 1 it trains
+                    for more in (self.plot, ("--seeds", 2, "--resume")))  # the second reads seed 0 and trains seed 1
         self.assertEqual(*([row["runs"][key][0] for row in rows for key in nmn_iterated.SCORES] for rows in (one, two)))
         row = type("Row", (dict,), dict(__missing__=lambda *_: 0.4))(name="difference", seeds=4)
         self.assertIn("+0.400 (-0.236 to +1.036)", nmn_iterated.table([row]))  # 3.182 x 0.4 / 2
