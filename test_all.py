@@ -738,7 +738,7 @@ class Repository(unittest.TestCase):
     README = "".join((ROOT / folder / "README.md").read_text() for folder in ("", "results"))
     RUN = dict(val_loss=3, repeat_loss=3, repeat_loss_beyond=3, attention_rms_init=2)  # columns of the GPT's tables
     TABLES = [  # (script, what of results/ its rows come from)
-        (flashsigmoid, "flashsigmoid_h100.json"), (hier_iwae, "hier_iwae_compare_loggamma_cpu.json"),
+        (flashsigmoid, "flashsigmoid_h200.json"), (hier_iwae, "hier_iwae_compare_loggamma_cpu.json"),
         (hier_iwae, "hier_iwae_compare_u2_cpu.json"), (hier_iwae, "hier_iwae_compare_mnist_h100.json"),
         (nmn_iterated, "nmn_iterated_compare_cpu.json"), (nmn_iterated, "nmn_iterated_compare_three_cpu.json"),
         (byov, "byov_compare_h100.json", summary.COLUMNS[:2]), (byov, "byov_compare_cpu.json", summary.COLUMNS[:1]),
