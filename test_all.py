@@ -742,11 +742,11 @@ class Repository(unittest.TestCase):
         (hier_iwae, "hier_iwae_compare_u2_cpu.json"), (hier_iwae, "hier_iwae_compare_mnist_h100.json"),
         (nmn_iterated, "nmn_iterated_compare_cpu.json"), (nmn_iterated, "nmn_iterated_compare_three_cpu.json"),
         (byov, "byov_compare_h100.json", summary.COLUMNS[:2]), (byov, "byov_compare_cpu.json", summary.COLUMNS[:1]),
-        (byov, "byov_corruptions_h100.json", summary.COLUMNS[2:3]), (sigmoid_gpt, "sigmoid_gpt_lr_h100.json", RUN),
+        (byov, "byov_corruptions_h100.json", summary.COLUMNS[2:3]), (byov, "byov_vit_h100.json", summary.COLUMNS[:2]),
         (sigmoid_gpt, " ".join(f"sigmoid_gpt_compare_{arm}_cpu.json" for arm in ("rope", "no_qk", "alibi")), RUN),
         (sigmoid_gpt, "sigmoid_gpt_compare_h100.json", RUN), (sigmoid_gpt, "sigmoid_gpt_norms_h100.json", RUN),
         (sigmoid_gpt, "sigmoid_gpt_long_h100.json", dict(best_val_loss=3) | RUN),
-        (sigmoid_gpt, "sigmoid_gpt_speed_h100.json", sigmoid_gpt.COST)]
+        (sigmoid_gpt, "sigmoid_gpt_lr_h100.json", RUN), (sigmoid_gpt, "sigmoid_gpt_speed_h100.json", sigmoid_gpt.COST)]
 
     def test_lines(self):
         budgets = {"flashsigmoid.py": 491, "flashsigmoid_hopper.py": 293, "sigmoid_gpt.py": 420, "byov.py": 460,
