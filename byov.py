@@ -419,8 +419,8 @@ def parse(argv):
         fail("--compare: BYOL+noise only after BYOL BYOV")
     if args.encoder == "vit" and args.width % 4:
         fail(f"--width {args.width}; allowed with --encoder vit: multiples of 4, for heads of 32 channels")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        fail("--plot needs: pip install matplotlib")
+    if args.plot and not (Path(args.plot).absolute().parent.is_dir() and importlib.util.find_spec("matplotlib")):
+        fail(f"--plot {args.plot}; allowed: a file in a folder that is there, and pip install matplotlib")
     return args
 
 

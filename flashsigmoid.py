@@ -21,7 +21,6 @@ import json
 import math
 import sys
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -473,7 +472,7 @@ def benchmark():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check the kernels against float64 and, on CUDA, time them.")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the errors and times here, too")
+    parser.add_argument("--out", type=argparse.FileType("w"), metavar="FILE.json", help="for errors and times")
     args = parser.parse_args(argv)
     device, name = ("cuda", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("cpu", "CPU")
     print(f"{name}, torch {torch.__version__}, {'Triton kernels' if device in KERNEL_DEVICES else 'PyTorch reference'}")
@@ -483,7 +482,7 @@ def main(argv=None):
         result.update(triton=triton.__version__, rows=benchmark())
         print("\nTFLOP/s, full / causal\n" + table(result["rows"]))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1))
+        args.out.write(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ In both, one warp loads tiles into a ring while groups of four warps multiply. F
 up to 64 channels) owns 64 queries, and while the tensor cores multiply the weights of a tile by its values, it turns
 the scores of the next into weights. Backward, each of two groups owns 64 keys, and one kernel makes all gradients: 5
 products a tile where two kernels make 7. dQ is a sum over programs, which the copy engine adds in fp32, in any order:
-the last bits may differ between equal calls. torch.use_deterministic_algorithms(True) selects the portable kernels, as
-does a bias that is a tensor.
+the last bits may differ between equal calls. torch.use_deterministic_algorithms(True) selects the portable backward
+pass, as does a bias that is a tensor.
 """
 import math
 

@@ -40,7 +40,7 @@ DEFAULTS = {
 }
 ARMS = "gaussian iid independent joint gaussian:dreg joint:dreg independent:balance joint:balance joint:power".split()
 POWERS = dict(uniform=0, balance=1, power=2)  # p of d_j
-SAME = "task target data proposal weights grad k steps batch lr seed".split()  # of a run and what goes on from it
+SAME = "task target data proposal weights grad k steps batch lr seed nll_samples test_images".split()  # to resume
 
 
 # -------- Model. N images, k samples, J draws of z0 (1 if joint), L proposals (1 if iid), d latent, C context
@@ -49,7 +49,6 @@ class Conditional(nn.Module):
     """L diagonal Gaussians of `outputs` dimensions given x and the context: a hidden layer, and a skip to the means.
     Each has a first layer of x and a width of its own; they share the rest, as what is its own learns from a k-th of
     the samples. Sizes may be 0: q0 has no x, IWAE's z0 no dimensions, and without hidden units all is linear."""
-
     def __init__(self, inputs, outputs, L, args):
         super().__init__()
         self.sizes = args.hidden, outputs
@@ -67,7 +66,6 @@ class Conditional(nn.Module):
 
 class Residual(nn.Module):
     """ELU(second(ELU(first(x))) + skip(x)). First and skip are one layer."""
-
     def __init__(self, layer, inputs, outputs, **options):
         super().__init__()
         self.first = layer(inputs, 2 * outputs, **options)
@@ -80,7 +78,6 @@ class Residual(nn.Module):
 
 class HIWAE(nn.Module):
     """q0, the q_j and r; for images an encoder and a decoder, for densities a target in the place of p(x, z)."""
-
     def __init__(self, args):
         super().__init__()
         k, d, C = args.k[0], args.latent, args.context
@@ -190,8 +187,7 @@ def evaluate(model, x, args, samples):
 def train(args, images, val, test, device, out_dir):
     """Train on images, test on others, empty for a density: (model, metrics); a resumed run that has ended is read."""
     began = time.time()
-    checkpoint, finished = out_dir / "checkpoint.pt", out_dir / "metrics.json"
-    first = 0
+    first, checkpoint, finished = 0, out_dir / "checkpoint.pt", out_dir / "metrics.json"
     torch.backends.cudnn.deterministic = True  # equal seeds, equal runs; other algorithms are no faster here
     torch.manual_seed(args.seed)
     model = HIWAE(args).to(device, memory_format=torch.channels_last)
@@ -203,10 +199,10 @@ def train(args, images, val, test, device, out_dir):
                          if state["args"][name] != getattr(args, name)]:
             fail(f"--resume: {checkpoint} is another run: {'; '.join(differing)}")
         model.load_state_dict(state["model"])
+        if finished.exists():  # written at the end
+            return model, json.loads(finished.read_text())
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-        if first == args.steps and finished.exists():
-            return model, json.loads(finished.read_text())
     out_dir.mkdir(parents=True, exist_ok=True)
     finished.unlink(missing_ok=True)
     log = open(out_dir / "log.jsonl", "a" if args.resume else "w", buffering=1)
@@ -342,6 +338,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Hierarchical importance weighted autoencoder (arXiv 1905.04866).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
+    parser.set_defaults(**DEFAULTS["density" if there[0] == "cpu" else "images"])
     groups = map(parser.add_argument_group, ("data", "model", "optimisation", "run"))
     data, model, optimisation, run = (group.add_argument for group in groups)
     data("--task", choices=("density", "images"), default="density" if there[0] == "cpu" else "images", help="to model")
@@ -379,8 +376,8 @@ def parse(argv):
             (args.resume and not args.compare and not Path(args.out_dir, "checkpoint.pt").exists(),
              f"--out_dir {args.out_dir} holds no checkpoint.pt\nHINT: train first, without --resume"),
             (args.plot and not args.compare and args.latent == 1, "--plot; allowed: images, plane densities, compare"),
-            (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
-            (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
+            (args.plot and not (Path(args.plot).absolute().parent.is_dir() and importlib.util.find_spec("matplotlib")),
+             f"--plot {args.plot}; allowed: a file in a folder that is there, and pip install matplotlib")):
         if wrong:
             fail(message)
     return args
@@ -400,9 +397,10 @@ def main(argv=None):
             fail(f"--data: {error}")
         images, val = images.to(device).tensor_split([len(images) * 5 // 6])
         data = images, binarised(val[:args.test_images // 5], 1), binarised(test[:args.test_images].to(device), 2)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    args.about = dict(device=name, dataset=args.data or args.target, torch=str(torch.__version__))
-    print(f"{name}, float32 (TF32 in convolutions, where there are tensor cores), {args.data or args.target}, "
+    dataset = args.data if args.task == "images" else args.target
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    args.about = dict(device=machine, dataset=dataset, torch=str(torch.__version__))
+    print(f"{machine}, float32 (TF32 in convolutions, where there are tensor cores), {dataset}, "
           f"{sum(p.numel() for p in HIWAE(args).parameters()):,} parameters, PyTorch kernels")
     if args.compare:
         result = dict(rows=compare(args, data, device, out_dir), seed=args.seed, steps=args.steps, **args.about)

@@ -38,15 +38,15 @@ END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the lo
 SEEN = 135  # the first questions are those of training, the rest those of Val-OOD
 SCORES = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
 REPORTED = [*SCORES, "train_acc", "program_acc", "seconds"]
-FREE = "generations seeds plot out_dir resume eval_interval compare device".split()  # may change with --resume
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # Student's t for 2, 3, ... seeds
+FREE = "generations seeds plot out_dir resume eval_interval compare device equal".split()  # may change with --resume
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
+       2.179, 2.160, 2.145, 2.131, 2.120)  # Student's t, 97.5 %, for 2 to 17 seeds
 
 
 # -------- The program generator. B questions, T words or tokens, V tokens, H hidden units.
 
 class Generator(nn.Module):
     """A bidirectional LSTM reads; an LSTM with additive attention, fed its last context, writes."""
-
     def __init__(self, H):
         super().__init__()
         self.words, self.tokens = nn.Embedding(len(WORDS), H), nn.Embedding(START + 1, H)
@@ -111,7 +111,6 @@ def parse(programs):
 
 class Conv(nn.Module):
     """A zero-padded 3 x 3 convolution of 3 x 3 cells, (B, 9C) -> (B, 9D), with weights for each of V tokens."""
-
     def __init__(self, C, D, V=1, spectral_norm=False):
         super().__init__()
         bound = (9 * C) ** -0.5
@@ -151,7 +150,6 @@ class Conv(nn.Module):
 class Modules(nn.Module):
     """R_w(x) = ReLU(x + conv_w(ReLU(conv_w(x)))) of the scene, an operand, or, for `and`, two joined. Tensor-NMN has
     weights for each token w; Tensor-FiLM-NMN, in our form, the same for all, and w scales and shifts their input."""
-
     def __init__(self, D, film, spectral_norm):
         super().__init__()
         self.convs = nn.ModuleList(Conv(D, D, 1 if film else len(TOKENS), spectral_norm) for _ in range(2))
@@ -358,7 +356,7 @@ def train(args, data, device, out_dir):
                     bar.close()
                     fail(f"loss {loss.item()} at step {before[number] + t}, learning rate {args.lr:.2e}", status=1)
                 bar.set_postfix(generation=generation, phase=phase, loss=f"{loss.item():.3f}", refresh=False)
-            if last or (t + 1) % args.eval_interval == 0:
+            if last or (t + 1) % args.eval_interval == 0 or t + 1 == args.equal:
                 found = evaluate(None if args.true_programs else generator, engine, data, transmitted)
                 records.append(dict(generation=generation, phase=phase, step=before[number] + t + 1, end=t + 1 == steps,
                                     interactions=interactions + (t + 1) * (phase == "interacting"),
@@ -383,8 +381,7 @@ def compare(args, device, out_dir):
     """Both arms from the same images, weights and given programs: (metrics, {name: records of each seed}, the last data
     and agents). Without generations, as many steps are taken in all; what was there after as many interactions counts,
     too. A run has its folder; with --resume it goes on there, or is read, if it had ended."""
-    equal = args.generations * args.interact_steps
-    steps = equal + (args.generations - 1) * (args.generator_steps + args.engine_steps)
+    steps = args.equal + (args.generations - 1) * (args.generator_steps + args.engine_steps)
     curves, rows = {"no generations": [], "iterated": []}, []
     for seed in range(args.seed, args.seed + args.seeds):
         data = load(args, seed, device)
@@ -395,7 +392,7 @@ def compare(args, device, out_dir):
             _, records, agents = train(arm, data, device, folder)
             curves[name].append(records)
     long, iterated = curves.values()
-    runs = {"no generations, equal interactions": [next(r for r in run if r["interactions"] >= equal) for run in long],
+    runs = {"no generations, equal interactions": [next(r for r in run if r["step"] == args.equal) for run in long],
             "no generations, equal steps": [run[-1] for run in long], "iterated": [run[-1] for run in iterated]}
     runs = {name: torch.tensor([[record[key] for key in REPORTED] for record in run], dtype=torch.float64)
             for name, run in runs.items()}                                                      # (seeds, metrics)
@@ -498,6 +495,7 @@ def parse_flags(argv):
     run("--device", choices=there, default=there[0], help="of what this machine has")
     args = parser.parse_args(argv)
     args.generations = 1 if args.true_programs else args.generations
+    args.equal = args.generations * args.interact_steps  # where --compare looks at the run without generations, too
     lowest = dict(images=1, given=0, width=1, hidden=1, generations=1, interact_steps=1, transmitted=1, batch=1, lr=0,
                   weight_decay=0, generator_steps=0, engine_steps=0, seeds=1, seed=0, eval_interval=1)
     for wrong, message in (
@@ -506,8 +504,9 @@ def parse_flags(argv):
             (args.given > SEEN, f"--given {args.given}; allowed: {SEEN} or fewer"),
             (args.symmetries and not args.true_programs, "--symmetries goes with --true_programs"),
             (args.compare and args.generations < 2, f"--compare --generations {args.generations}; allowed: 2 or more"),
-            (args.plot and not Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: no such folder"),
-            (args.plot and not importlib.util.find_spec("matplotlib"), "--plot needs: pip install matplotlib")):
+            (args.plot and args.true_programs, "--plot draws interactions, so not with --true_programs"),
+            (args.plot and not (Path(args.plot).absolute().parent.is_dir() and importlib.util.find_spec("matplotlib")),
+             f"--plot {args.plot}; allowed: a file in a folder that is there, and pip install matplotlib")):
         if wrong:
             fail(message)
     return args

@@ -175,7 +175,7 @@ def load(path, args):
         fail(f"--out_dir {path.parent} holds no {path.name}\nHINT: train first, without --resume and --sample")
     state = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, args.device, weights_only=True)
     there = state.get("args", state)
-    same = (MODEL + TRAINING if args.compare else MODEL) if args.resume else []
+    same = ["seed", *MODEL, *(TRAINING if args.compare else [])] if args.resume else []
     differing = [f"{x} {there[x]} there, {getattr(args, x)} here" for x in same if there[x] != getattr(args, x)]
     if differing:
         fail(f"--resume: {path} is another run: {'; '.join(differing)}")
