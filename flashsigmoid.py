@@ -352,7 +352,7 @@ def require(ok, name, given, allowed, *numbers, error=ValueError):
 
 
 def sigmoid_attention(q, k, v, bias=None, is_causal=False, scale=None, alibi_slopes=None, k_lens=None):
-    """O = sigmoid(scale * q k^T + bias - slope * |i - j|) v, a drop-in for F.scaled_dot_product_attention.
+    """O = sigmoid(scale * q k^T + bias - slope * |i - j|) v, called like F.scaled_dot_product_attention.
 
     q             (B, H, Tq, D), fp16, bf16 or fp32, any strides with a contiguous last dimension, 16 <= D <= 256
     k, v          (B, Hk, Tk, D), like q; H is a multiple of Hk (grouped queries)

@@ -2,7 +2,8 @@
 
 What happens in space is two matrices an image, rows and columns: x <- rows x columns^T. What happens to colour is one
 matrix, since brightness, contrast, saturation and hue are all linear in a pixel and the mean pixel of its image.
-Apart from the paper: hue turns around the axis of grey, and values are clipped once, at the end."""
+Apart from the paper: hue turns around the axis of grey, values are clipped once, at the end, and views of images this
+small are not blurred, though `augment` can do that."""
 import math
 
 import torch
