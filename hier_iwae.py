@@ -338,7 +338,6 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Hierarchical importance weighted autoencoder (arXiv 1905.04866).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    parser.set_defaults(**DEFAULTS["density" if there[0] == "cpu" else "images"])
     groups = map(parser.add_argument_group, ("data", "model", "optimisation", "run"))
     data, model, optimisation, run = (group.add_argument for group in groups)
     data("--task", choices=("density", "images"), default="density" if there[0] == "cpu" else "images", help="to model")
@@ -360,6 +359,7 @@ def parse(argv):
     run("--out_dir", default="out/hier_iwae", help="for checkpoint.pt, log.jsonl, metrics.json")
     run("--resume", action="store_true", help="go on from out_dir, bit for bit; with --compare, run by run")
     run("--device", choices=there, default=there[0], help="of what this machine has")
+    parser.set_defaults(**DEFAULTS[parser.get_default("task")])
     args = parser.parse_args(argv)
     name = "loggamma" if args.task == "density" and args.target == "loggamma" else args.task
     parser.set_defaults(**DEFAULTS[name] | DEFAULTS.get(f"{args.task} on {args.device}", {}))

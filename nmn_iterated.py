@@ -33,14 +33,13 @@ from tqdm import tqdm
 from data.shapes_questions import QUESTIONS, TOKENS, WORDS, english, question_tensors
 from data.shapes_symmetries import symmetries, transform
 from data.shapes_syget import load_shapes
+from data.summary import T95
 
 END, SCENE, AND, START, LENGTH = 0, 1, len(TOKENS) - 1, len(TOKENS), 8  # the longest program, 7, and its <end>
 SEEN = 135  # the first questions are those of training, the rest those of Val-OOD
 SCORES = ["val_iid_acc", "val_iid_program_acc", "val_ood_acc", "val_ood_program_acc"]
 REPORTED = [*SCORES, "train_acc", "program_acc", "seconds"]
 FREE = "generations seeds plot out_dir resume eval_interval compare device equal".split()  # may change with --resume
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
-       2.179, 2.160, 2.145, 2.131, 2.120)  # Student's t, 97.5 %, for 2 to 17 seeds
 
 
 # -------- The program generator. B questions, T words or tokens, V tokens, H hidden units.
@@ -82,7 +81,8 @@ def speak(generator, data, questions, forced=None, sampled=False):
         others = forced[:, :LENGTH, None] != torch.arange(len(TOKENS), device=questions.device)
         noise = noise.masked_fill(others & (forced[:, :LENGTH, None] >= 0), -math.inf)
     memory, state = generator.read(data.words[questions], data.lengths[questions])
-    token, said = torch.full_like(questions, START), []
+    token = torch.full_like(questions, START)
+    said = []
     for t in range(LENGTH):
         logits, state = generator.write(memory, state, token)
         token = (logits + noise[:, t]).argmax(-1)
@@ -179,15 +179,15 @@ class Engine(nn.Module):
 
     def forward(self, images, programs):
         """images (B, 9, 300) uint8, programs (B, T) -> logits (B, 2) of no and yes, if they are well-formed (B,)."""
-        (second, wellformed), T = parse(programs), programs.shape[1]
+        second, wellformed = parse(programs)
         scene = self.stem(images / 255.0).flatten(1)                                            # (B, 9D)
         matrices = [conv.matrices() for conv in self.cells.convs]
         states = [torch.zeros_like(scene)]  # of position T, then T - 1, ...
         seen = self.cells(scene, states[0], None, torch.full_like(programs[:, 0], SCENE), matrices)
-        for t in reversed(range(T)):
+        for t in reversed(range(programs.shape[1])):
             token, operand = programs[:, t], None
             if token.is_cuda or (token == AND).any():
-                index = (T - second[:, t]).view(-1, 1, 1).expand(-1, 1, scene.shape[1])
+                index = (programs.shape[1] - second[:, t]).view(-1, 1, 1).expand(-1, 1, scene.shape[1])
                 operand = torch.stack(states, 1).gather(1, index)[:, 0]
             state = self.cells(scene, states[-1], operand, token.masked_fill(token == SCENE, END), matrices)
             states.append(torch.where((token == SCENE)[:, None], seen, state.masked_fill((token == END)[:, None], 0)))
@@ -407,16 +407,16 @@ def compare(args, device, out_dir):
 
 def table(rows):
     """The Markdown table of a comparison: mean ± std of seeds; for paired differences, mean and 95 % interval."""
-    n, lines = rows[0]["seeds"], []
+    n = rows[0]["seeds"]
+    lines = [[f"seeds: {n}", "Val-IID answers", "Val-IID programs", "Val-OOD answers", "Val-OOD programs"], ["---"] * 5]
     for row in rows:
         lines.append([row["name"]])
         for key in SCORES:
             mean, std = row[key], row[f"{key}_std"]
-            half = T95[min(n - 2, len(T95) - 1)] * std / n ** 0.5
+            half = T95[min(n, len(T95)) - 1] * std / n ** 0.5
             paired = f"{mean:+.3f}" + f" ({mean - half:+.3f} to {mean + half:+.3f})" * (n > 1)
             lines[-1].append(paired if row["name"].startswith("difference") else f"{mean:.3f} ± {std:.3f}")
-    heads = [f"seeds: {n}", "Val-IID answers", "Val-IID programs", "Val-OOD answers", "Val-OOD programs"]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * 5, *lines))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 @torch.no_grad()
@@ -439,7 +439,8 @@ def plot(path, curves, agents, data):
         axis.set(xlabel="interaction steps", ylabel="right programs" if "program" in what else "right answers")
     top.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     image, asked, _ = (x[-1:] for x in data.val_ood)
-    engine, states = agents["engine"][0], []
+    engine = agents["engine"][0]
+    states = []
     engine.cells.register_forward_hook(lambda *call: states.append(call[-1].view(3, 3, -1).norm(dim=2).cpu()))
     program, _ = speak(agents["generator"][0], data, asked)
     answer = engine(image, program)[0].argmax()  # the states are the scene's, and the tokens', from right to left
