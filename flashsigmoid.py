@@ -43,10 +43,8 @@ def sigmoid_attention_reference(q, k, v, bias=None, is_causal=False, scale=None,
     """`sigmoid_attention` in plain PyTorch, in fp32 or float64: any device, every derivative, but O(Tq Tk) memory."""
     (H, Tq, D), (Hk, Tk) = q.shape[1:], k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
-    if H != Hk:
-        k_, v_ = k_.repeat_interleave(H // Hk, 1), v_.repeat_interleave(H // Hk, 1)
-    s = q_ @ k_.mT * (D ** -0.5 if scale is None else scale)                                # (B, H, Tq, Tk)
+    k_, v_ = (x.to(dtype).repeat_interleave(H // Hk, 1) for x in (k, v))
+    s = q.to(dtype) @ k_.mT * (D ** -0.5 if scale is None else scale)                       # (B, H, Tq, Tk)
     s = s + torch.as_tensor(-math.log(Tk) if bias is None else bias, dtype=dtype, device=q.device).view(-1, 1, 1)
     j = torch.arange(Tk, device=q.device)
     distance = torch.arange(Tk - Tq, Tk, device=q.device)[:, None] - j                      # (Tq, Tk), i - j
@@ -81,9 +79,7 @@ def dot(a, b, acc=None):
 @triton.jit
 def entry(X, index, otherwise):
     """X[index], or the number `otherwise` where there is no tensor X."""
-    if X is not None:
-        otherwise = tl.load(X + index)
-    return otherwise
+    return otherwise if X is None else tl.load(X + index)
 
 
 @triton.jit
@@ -114,9 +110,9 @@ def weights(s, i, j, k_len, scale, bias, slope, CAUSAL: tl.constexpr, MASK, GRAD
 
     z takes one ex2. The reciprocal of y = A (1 + z) takes no second one: the bits of y subtracted from a constant are a
     first guess r, and a Newton step with tuned A and C leaves a relative error of P below 1.2e-4 for every logit, where
-    tanh.approx is off by up to 32 % (x < -10, as with b = -log 65536). EXACT, for fp32 inputs, divides.
-    GRAD needs 1 - P = P z, which does not cancel, and stops z where r and so P is 0. Otherwise y and r are scaled so
-    that r stays positive up to y = inf, and P there is -inf, which `narrow` makes 0.
+    tanh.approx is off by up to 32 % (x < -10). EXACT, for fp32 inputs, divides. GRAD needs 1 - P = P z, which does not
+    cancel, and stops z where r and so P is 0. Otherwise y and r are scaled so that r stays positive up to y = inf, and
+    P there is -inf, which `narrow` makes 0.
     """
     A: tl.constexpr = 0.51512199 if GRAD else 0.51512199 * 64
     C: tl.constexpr = 1.4355202 if GRAD else 1.4355202 * 8
@@ -135,7 +131,11 @@ def weights(s, i, j, k_len, scale, bias, slope, CAUSAL: tl.constexpr, MASK, GRAD
         return tl.where(z < LIMIT, 1 / (1 + z), 0 * z), z
     y = A + A * z
     r = (GUESS - y.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    return r * (C - y * r), z
+    p = r * (C - y * r)
+    if COMPILED and not GRAD:  # the unit that makes ex2 has time for a quarter of the reciprocals, too
+        direct = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [1 + z], tl.float32, True, 1)
+        p = tl.where((j & 24) == 0, direct, p)
+    return p, z
 
 
 @triton.jit

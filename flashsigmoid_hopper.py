@@ -83,7 +83,7 @@ def load_forward(Q, K, V, b, h, hk, m, end, q_tiles, ring, q_full, full, free):
 
 @gluon.jit
 def attend(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr, HIDE: gl.constexpr, rest):
-    O, b, h, m, offset, end, whole, k_len, scale, bias, slope, q_tiles, ring, q_full, full, free = rest
+    O, b, h, m, Tq, offset, end, whole, k_len, scale, bias, slope, q_tiles, ring, q_full, full, free = rest
     BM: gl.constexpr = q_tiles.shape[3]
     BN: gl.constexpr = ring.shape[3]
     D: gl.constexpr = ring.shape[4]
@@ -98,7 +98,7 @@ def attend(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr, HIDE:
     if CAUSAL:  # the keys that this group sees
         whole, end = key_range(row + offset, k_len, BM, BN, CAUSAL, HIDE)
         end = tl.maximum(end, 1)
-    seen = tl.cdiv(end, BN)
+    seen = tl.where(row < Tq, tl.cdiv(end, BN), 1)
     o, zeros = gl.zeros([BM, D], gl.float32, OUT), gl.zeros([BM, BN], gl.float32, SCORES)
     wait(q_full, 0)
     q = tile(q_tiles, group)
@@ -123,10 +123,9 @@ def attend(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr, HIDE:
         p = gl.convert_layout(narrow(w, O.dtype), LEFT)  # only now, into the registers that the last p has left
     o = warpgroup_mma(p, tile(ring, 2 * seen - 1), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=[o])
-    if CAUSAL:
-        for u in range(2 * seen - 1, 2 * tiles):  # the others are for the groups below
-            wait(full, u)
-            mbarrier.arrive(free.index(u % ring.shape[0]))
+    for u in range(2 * seen - 1, 2 * tiles):  # the others are for other groups
+        wait(full, u)
+        mbarrier.arrive(free.index(u % ring.shape[0]))
     q.store(o.to(O.dtype))
     fence_async_shared()
     tma_store(O, [b, h, row, 0], q_tiles.index(group))
@@ -151,7 +150,7 @@ def forward_kernel(Q, K, V, O, Bias, Slopes, Lens, bias, scale, H, Tq, Tk, G: gl
     ring = gl.allocate_shared_memory(K.dtype, [2 * GROUPS, 1, 1, BN, D], K.layout)
     q_full, full, free = barriers(1, 1), barriers(2 * GROUPS, 1), barriers(2 * GROUPS, GROUPS)
     fence_async_shared()
-    rest = (O, b, h, m, Tk - Tq, end, whole, k_len, scale, bias, slope, q_tiles, ring, q_full, full, free)
+    rest = (O, b, h, m, Tq, Tk - Tq, end, whole, k_len, scale, bias, slope, q_tiles, ring, q_full, full, free)
     loads = Q, K, V, b, h, h // G, m, end, q_tiles, ring, q_full, full, free
     if GROUPS == 3:
         gl.warp_specialize([(attend, (0, ALIBI, CAUSAL, HIDE, rest)), (attend, (1, ALIBI, CAUSAL, HIDE, rest)),
