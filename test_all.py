@@ -750,7 +750,7 @@ class Repository(unittest.TestCase):
 
     def test_lines(self):
         budgets = {"flashsigmoid.py": 490, "flashsigmoid_hopper.py": 293, "sigmoid_gpt.py": 420, "byov.py": 459,
-                   "nmn_iterated.py": 558, "hier_iwae.py": 418, "test_all.py": 790, "test_hopper.py": 203}
+                   "nmn_iterated.py": 558, "hier_iwae.py": 418, "test_all.py": 790, "test_hopper.py": 204}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             lines = path.read_text().splitlines()
             with self.subTest(path.name):

@@ -95,7 +95,7 @@ def mma(a, b, acc, use_acc=True, is_async=True):
     """A product to come: a list that holds nothing yet."""
     result = []
     here.products.append(lambda: result.append(a @ b + (acc[0] if isinstance(acc, list) else acc) * use_acc))
-    mma_wait(random.choice((0, math.inf)), [])
+    mma_wait(random.choice((0, math.inf)), [])  # at once, or not yet
     return result
 
 
@@ -116,9 +116,10 @@ def specialize(partitions, warps, registers):
         except Exception as error:
             failures.append(error)
     threads = [threading.Thread(target=run, args=partition) for partition in partitions]
-    for action in "start", "join":
-        for thread in threads:
-            getattr(thread, action)()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     if failures:
         raise failures[0]
 
