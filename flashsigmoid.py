@@ -43,7 +43,7 @@ def sigmoid_attention_reference(q, k, v, bias=None, is_causal=False, scale=None,
     """`sigmoid_attention` in plain PyTorch, in fp32 or float64: any device, every derivative, but O(Tq Tk) memory."""
     (H, Tq, D), (Hk, Tk) = q.shape[1:], k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    k_, v_ = (x.to(dtype).repeat_interleave(H // Hk, 1) for x in (k, v))
+    k_, v_ = (x.to(dtype)[:, :, None].expand(-1, -1, H // Hk, -1, -1).flatten(1, 2) for x in (k, v))  # (B, H, Tk, D)
     s = q.to(dtype) @ k_.mT * (D ** -0.5 if scale is None else scale)                       # (B, H, Tq, Tk)
     s = s + torch.as_tensor(-math.log(Tk) if bias is None else bias, dtype=dtype, device=q.device).view(-1, 1, 1)
     j = torch.arange(Tk, device=q.device)
