@@ -209,7 +209,7 @@ def differentiate(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr
             p, z = weights(s, m + i, j, k_len, scale, bias, slope, CAUSAL, masked, True, False)
             slope_of_p = p * (p * z)
             p = gl.convert_layout(p.to(DV.dtype), LEFT)
-            wait(spent, t + 2)  # the place of dS; here, so that the compiler keeps the weights before the next wait
+            wait(spent, t + 2)  # until the place of dS is free
             dp = warpgroup_mma_wait(0, deps=[dp])
             ds = (slope_of_p * dp).to(DK.dtype)
             tile(ds_tiles, 2 * t + group).store(ds)
