@@ -108,11 +108,10 @@ def key_range(i, k_len, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr
 def weights(s, i, j, k_len, scale, bias, slope, CAUSAL: tl.constexpr, MASK, GRAD: tl.constexpr, EXACT: tl.constexpr):
     """P = sigmoid(x) and z = exp(-x) of x = scale * s + bias - slope * |i - j|; s is an fp32 tile, P = 0 where masked.
 
-    z takes one ex2. The reciprocal of y = A (1 + z) takes no second one: the bits of y subtracted from a constant are a
-    first guess r, and a Newton step with tuned A and C leaves a relative error of P below 1.2e-4 for every logit, where
-    tanh.approx is off by up to 32 % (x < -10). EXACT, for fp32 inputs, divides. GRAD needs 1 - P = P z, which does not
-    cancel, and stops z where r and so P is 0. Otherwise y and r are scaled so that r stays positive up to y = inf, and
-    P there is -inf, which `narrow` makes 0.
+    z takes one ex2. To spare its unit, 1 / y of y = A (1 + z) is made of y's bits: a constant minus these is a first
+    guess r, and a Newton step with tuned A and C leaves a relative error of P below 1.2e-4 for every logit. EXACT, for
+    fp32 inputs, divides. GRAD needs 1 - P = P z, which does not cancel, and stops z where r and so P is 0. Otherwise y
+    and r are scaled so that r > 0 up to y = inf, where P is -inf, which `narrow` makes 0.
     """
     A: tl.constexpr = 0.51512199 if GRAD else 0.51512199 * 64
     C: tl.constexpr = 1.4355202 if GRAD else 1.4355202 * 8
@@ -472,7 +471,7 @@ def benchmark():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check the kernels against float64 and, on CUDA, time them.")
-    parser.add_argument("--out", type=argparse.FileType("w"), metavar="FILE.json", help="for errors and times")
+    parser.add_argument("--out", type=argparse.FileType("a"), metavar="FILE.json", help="for errors and times")
     args = parser.parse_args(argv)
     device, name = ("cuda", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("cpu", "CPU")
     print(f"{name}, torch {torch.__version__}, {'Triton kernels' if device in KERNEL_DEVICES else 'PyTorch reference'}")
@@ -482,6 +481,7 @@ def main(argv=None):
         result.update(triton=triton.__version__, rows=benchmark())
         print("\nTFLOP/s, full / causal\n" + table(result["rows"]))
     if args.out:
+        args.out.truncate(0)  # only now: a run that stops before leaves the old file
         args.out.write(json.dumps(result, indent=1))
 
 

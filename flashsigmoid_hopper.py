@@ -98,7 +98,7 @@ def attend(group: gl.constexpr, ALIBI: gl.constexpr, CAUSAL: gl.constexpr, HIDE:
     if CAUSAL:  # the keys that this group sees
         whole, end = key_range(row + offset, k_len, BM, BN, CAUSAL, HIDE)
         end = tl.maximum(end, 1)
-    seen = tl.where(row < Tq, tl.cdiv(end, BN), 1)
+    seen = tl.where(row < Tq, tl.cdiv(end, BN), 1)  # a group beyond the last query has nothing to do
     o, zeros = gl.zeros([BM, D], gl.float32, OUT), gl.zeros([BM, BN], gl.float32, SCORES)
     wait(q_full, 0)
     q = tile(q_tiles, group)
