@@ -99,14 +99,14 @@ def speak(generator, data, questions, forced=None, sampled=False):
 def parse(programs):
     """programs (B, T) in prefix order -> where the second operand of each token begins (B, T), T if there is none, and
     whether a program is one whole expression (B,). A first operand begins next to its token."""
-    T, place = programs.shape[1], torch.arange(programs.shape[1] + 1, device=programs.device)
+    place = torch.arange(programs.shape[1] + 1, device=programs.device)                         # 0 to T
     length = (programs != END).long().cumprod(1).sum(1, keepdim=True)                           # (B, 1)
     arity = (programs > SCENE).long() + (programs == AND)
-    wanted = F.pad(((arity - 1) * (place[:T] < length)).cumsum(1), (1, 0))  # (B, T + 1): operands, by the tokens before
-    closed = (wanted[:, None] == wanted[:, :T, None] - 1) & (place > place[:T, None])           # (B, T, T + 1)
-    ends = torch.where(closed, place, T + 1).amin(2)  # where the expression that begins at a token ends
-    second = F.pad(ends[:, 1:], (0, 1), value=T + 1)
-    return torch.where((programs == AND) & (second < length), second, T), ends[:, 0] == length[:, 0]
+    wanted = F.pad(((arity - 1) * (place[:-1] < length)).cumsum(1), (1, 0))  # (B, T + 1): operands, by what is before
+    closed = (wanted[:, None] == wanted[:, :-1, None] - 1) & (place > place[:-1, None])         # (B, T, T + 1)
+    ends = torch.where(closed, place, len(place)).amin(2)  # where the expression that begins at a token ends
+    second = F.pad(ends[:, 1:], (0, 1), value=len(place))
+    return torch.where((programs == AND) & (second < length), second, place[-1]), ends[:, 0] == length[:, 0]
 
 
 class Conv(nn.Module):
@@ -184,8 +184,8 @@ class Engine(nn.Module):
         matrices = [conv.matrices() for conv in self.cells.convs]
         states = [torch.zeros_like(scene)]  # of position T, then T - 1, ...
         seen = self.cells(scene, states[0], None, torch.full_like(programs[:, 0], SCENE), matrices)
-        for t in reversed(range(programs.shape[1])):
-            token, operand = programs[:, t], None
+        for t, token in reversed(list(enumerate(programs.unbind(1)))):
+            operand = None
             if token.is_cuda or (token == AND).any():
                 index = (programs.shape[1] - second[:, t]).view(-1, 1, 1).expand(-1, 1, scene.shape[1])
                 operand = torch.stack(states, 1).gather(1, index)[:, 0]
@@ -226,10 +226,10 @@ def loss_of(phase, generator, engine, data, rows, given, baseline, transmitted, 
 @torch.no_grad()
 def evaluate(generator, engine, data, transmitted):
     """What is right on Val-IID and Val-OOD, of greedy programs; without a generator, of true ones."""
-    found, programs = {}, data.programs
+    questions = torch.arange(len(QUESTIONS), device=data.words.device)
+    programs = data.programs if generator is None else speak(generator, data, questions)[0]
+    found = {}
     if generator is not None:
-        questions = torch.arange(len(QUESTIONS), device=data.words.device)
-        programs, _ = speak(generator, data, questions)
         torch.manual_seed(0)  # every step of training sets its own
         found["entropy"] = -speak(generator, data, questions[:SEEN].repeat(16), sampled=True)[1].mean().item()  # nats
     right, valid = (programs == data.programs).all(1).float(), parse(programs)[1].float()
