@@ -350,12 +350,12 @@ class SigmoidGPT(Case):
     def test_two_processes(self):
         """torchrun with two processes takes the batches, and finds the loss, of one."""
         flags = [*TINY, "--steps", "10", "--dropout", "0", "--out_dir", str(self.out)]
-        launch = "-m torch.distributed.run --standalone --nproc_per_node 2 sigmoid_gpt.py".split()
-        subprocess.run([sys.executable, *launch, *flags], cwd=ROOT, check=True, capture_output=True, timeout=200)
-        two = json.loads((self.out / "metrics.json").read_text())
-        one, _ = run(sigmoid_gpt.main, *flags)
-        self.assertAlmostEqual(one["val_loss"], two["val_loss"], delta=1e-4)
-        self.assertAlmostEqual(one["train_loss"], two["train_loss"], delta=1e-4)
+        launch = "-m torch.distributed.run --standalone --local_addr localhost --nproc_per_node 2 sigmoid_gpt.py".split()
+        torchrun = subprocess.run([sys.executable, *launch, *flags], cwd=ROOT, capture_output=True, text=True,
+                                  timeout=200, env=os.environ | {"TRITON_INTERPRET": "0"})
+        self.assertEqual(torchrun.returncode, 0, torchrun.stderr)
+        two, one = json.loads((self.out / "metrics.json").read_text()), run(sigmoid_gpt.main, *flags)[0]
+        self.assertLess(abs(one["val_loss"] - two["val_loss"]) + abs(one["train_loss"] - two["train_loss"]), 1e-4)
 
     def test_bad_input(self):
         for name, content in (("empty.txt", b""), ("binary.bin", b"a\0b" * 99), ("short.txt", b"too short")):
