@@ -350,9 +350,9 @@ class SigmoidGPT(Case):
     def test_two_processes(self):
         """torchrun with two processes takes the batches, and finds the loss, of one."""
         flags = [*TINY, "--steps", "10", "--dropout", "0", "--out_dir", str(self.out)]
-        torchrun = "-m torch.distributed.run --standalone --local_addr localhost --max_restarts 1 --nproc_per_node 2"
-        done = subprocess.run([sys.executable, *torchrun.split(), "sigmoid_gpt.py", *flags], cwd=ROOT, text=True,
-                              capture_output=True, timeout=200, env=os.environ | {"TRITON_INTERPRET": "0"})
+        torchrun = "-m torch.distributed.run --standalone --local_addr localhost --nproc_per_node 2 sigmoid_gpt.py"
+        done = subprocess.run([sys.executable, *torchrun.split(), *flags], cwd=ROOT, text=True, capture_output=True,
+                              timeout=200, env=os.environ | {"TRITON_INTERPRET": "0"})
         self.assertEqual(done.returncode, 0, done.stderr)
         two, one = json.loads((self.out / "metrics.json").read_text()), run(sigmoid_gpt.main, *flags)[0]
         self.assertLess(abs(one["val_loss"] - two["val_loss"]) + abs(one["train_loss"] - two["train_loss"]), 1e-4)
